@@ -1,0 +1,229 @@
+"""The Arrow schema of every edge, written once.
+
+manifest -> planned -> decoded -> embedded -> table rows | failures; and the catalog.
+
+Columns that start with ``_`` live inside a run only and never reach a table. A manifest's further
+columns travel under their own names and end in the tables as metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from qvl_batch.recipe import Recipe
+
+SCHEMA_VERSION = 1
+UTC_TIME = pa.timestamp("us", tz="UTC")
+PRIMARY_KEY = {b"lance-schema:unenforced-primary-key": b"true"}
+
+MANIFEST = pa.schema(
+    [
+        pa.field("uri", pa.string()),
+        pa.field("kind", pa.string()),
+        pa.field("etag", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("mtime", UTC_TIME),
+        pa.field("text", pa.string()),
+        pa.field("byte_offset", pa.int64()),
+        pa.field("byte_length", pa.int64()),
+        pa.field("instruction", pa.string()),
+        pa.field("fps", pa.float64()),
+        pa.field("max_frames", pa.int32()),
+    ]
+)
+
+PLANNED = pa.schema(
+    [
+        *MANIFEST,
+        pa.field("unit_id", pa.string(), nullable=False),
+        pa.field("media_id", pa.string(), nullable=False),
+        # Position in the plan: the driver keeps one bit a unit, whatever the ids weigh.
+        pa.field("_ordinal", pa.int64(), nullable=False),
+        pa.field("_table", pa.string(), nullable=False),
+        # Attempts of earlier runs that ended in a retryable failure.
+        pa.field("_attempt", pa.int32(), nullable=False),
+    ]
+)
+
+FAILURE = pa.struct(
+    [
+        pa.field("stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("message", pa.string()),
+        pa.field("retryable", pa.bool_()),
+    ]
+)
+
+PART = pa.struct(
+    [
+        pa.field("segment", pa.int32()),
+        pa.field("page", pa.int32()),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("num_frames", pa.int32()),
+        pa.field("seconds", pa.list_(pa.float64())),
+        # large_binary: 46 parts at the full video budget overflow binary's 32-bit offsets.
+        pa.field("pixels", pa.large_binary()),
+    ]
+)
+
+ROW = pa.struct(
+    [
+        pa.field("segment", pa.int32()),
+        pa.field("num_segments", pa.int32()),
+        pa.field("page", pa.int32()),
+        pa.field("start_s", pa.float64()),
+        pa.field("end_s", pa.float64()),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("num_frames", pa.int32()),
+        pa.field("num_tokens", pa.int32()),
+        pa.field("truncated", pa.bool_()),
+        pa.field("vector", pa.binary()),
+        pa.field("vector_int8", pa.binary()),
+        pa.field("vector_scale", pa.float32()),
+        pa.field("vector_bits", pa.binary()),
+    ]
+)
+
+FAILURES = pa.schema(
+    [
+        pa.field("collection", pa.string(), nullable=False),
+        pa.field("partition", pa.string(), nullable=False),
+        pa.field("unit_id", pa.string(), nullable=False),
+        pa.field("media_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string()),
+        pa.field("etag", pa.string()),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("error_type", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("retryable", pa.bool_(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("failed_at", UTC_TIME, nullable=False),
+    ],
+    metadata={b"qvl.schema_version": str(SCHEMA_VERSION).encode()},
+)
+
+DATA_FILE = pa.struct(
+    [
+        pa.field("path", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("recomputed", pa.bool_()),
+    ]
+)
+
+CATALOG = pa.schema(
+    [
+        pa.field("table", pa.string(), nullable=False, metadata=PRIMARY_KEY),
+        pa.field("collection", pa.string(), nullable=False),
+        # JSON object of the partition's keys and values, in partition_by order.
+        pa.field("partition", pa.string(), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+        pa.field("num_units", pa.int64(), nullable=False),
+        pa.field("num_rows", pa.int64(), nullable=False),
+        pa.field("num_failures", pa.int64(), nullable=False),
+        pa.field("recipe_id", pa.string(), nullable=False),
+        pa.field("recipe", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("index_state", pa.string(), nullable=False),
+        pa.field("files", pa.list_(DATA_FILE), nullable=False),
+        pa.field("updated_at", UTC_TIME, nullable=False),
+    ],
+    metadata={b"qvl.schema_version": str(SCHEMA_VERSION).encode()},
+)
+
+# Names that a manifest's own columns may not take.
+RESERVED = frozenset(PLANNED.names) | {
+    "row_id",
+    "segment",
+    "num_segments",
+    "page",
+    "start_s",
+    "end_s",
+    "width_px",
+    "height_px",
+    "num_frames",
+    "num_tokens",
+    "truncated",
+    "vector",
+    "vector_int8",
+    "vector_scale",
+    "vector_bits",
+    "run_id",
+    "embedded_at",
+}
+
+
+def decoded(planned: pa.Schema) -> pa.Schema:
+    """Return the schema behind DecodeMedia: one row a unit, its parts or its failure."""
+    return planned.append(pa.field("_parts", pa.list_(PART))).append(pa.field("_failure", FAILURE))
+
+
+def embedded(planned: pa.Schema) -> pa.Schema:
+    """Return the schema behind EmbedMedia: one row a unit, its encoded rows or its failure."""
+    return planned.append(pa.field("_rows", pa.list_(ROW))).append(pa.field("_failure", FAILURE))
+
+
+def vector_fields(recipe: Recipe) -> list[pa.Field]:
+    """Return the vector columns of the recipe's encodings, in a fixed order."""
+    fields = []
+    if "float32" in recipe.encodings or "float16" in recipe.encodings:
+        item = pa.float32() if "float32" in recipe.encodings else pa.float16()
+        fields.append(pa.field("vector", pa.list_(item, recipe.dim), nullable=False))
+    if "int8" in recipe.encodings:
+        fields.append(pa.field("vector_int8", pa.list_(pa.int8(), recipe.dim), nullable=False))
+        fields.append(pa.field("vector_scale", pa.float32(), nullable=False))
+    if "binary" in recipe.encodings:
+        bits = pa.list_(pa.uint8(), recipe.dim // 8)
+        fields.append(pa.field("vector_bits", bits, nullable=False))
+    return fields
+
+
+def table_rows(
+    recipe: Recipe, manifest_columns: Iterable[pa.Field], metadata: dict[str, str]
+) -> pa.Schema:
+    """Return the schema of a partition's table: one row a vector.
+
+    Args:
+        recipe: Stored in the schema metadata with its id, under ``qvl.recipe`` and
+            ``qvl.recipe_id``.
+        manifest_columns: The manifest's further columns, the partition columns among them.
+        metadata: Further ``qvl.*`` entries (collection, partition, model path, versions).
+    """
+    stated = {
+        "qvl.schema_version": str(SCHEMA_VERSION),
+        "qvl.recipe": recipe.to_json(),
+        "qvl.recipe_id": recipe.recipe_id,
+    } | metadata
+    return pa.schema(
+        [
+            pa.field("row_id", pa.string(), nullable=False, metadata=PRIMARY_KEY),
+            pa.field("unit_id", pa.string(), nullable=False),
+            pa.field("media_id", pa.string(), nullable=False),
+            pa.field("uri", pa.string()),
+            pa.field("etag", pa.string()),
+            pa.field("kind", pa.string(), nullable=False),
+            pa.field("segment", pa.int32(), nullable=False),
+            pa.field("num_segments", pa.int32(), nullable=False),
+            pa.field("page", pa.int32()),
+            pa.field("start_s", pa.float64()),
+            pa.field("end_s", pa.float64()),
+            pa.field("width_px", pa.int32()),
+            pa.field("height_px", pa.int32()),
+            pa.field("num_frames", pa.int32()),
+            pa.field("num_tokens", pa.int32(), nullable=False),
+            pa.field("truncated", pa.bool_(), nullable=False),
+            pa.field("text", pa.string()),
+            *(pa.field(field.name, field.type) for field in manifest_columns),
+            *vector_fields(recipe),
+            pa.field("run_id", pa.string(), nullable=False),
+            pa.field("embedded_at", UTC_TIME, nullable=False),
+        ],
+        metadata={key.encode(): value.encode() for key, value in stated.items()},
+    )
