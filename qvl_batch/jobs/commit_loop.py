@@ -145,6 +145,10 @@ class CommitLoop:
             self._commit()
         self._check_failure_rate()
 
+    def flush(self) -> None:
+        """Have everything written that was added, without waiting for it."""
+        self._start_write()
+
     def finish(self, timeout_s: float = 600.0) -> None:
         """Write and commit everything that was added.
 
