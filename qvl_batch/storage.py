@@ -7,6 +7,7 @@ shared credentials file, instance or workload identity).
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -65,6 +66,27 @@ class Storage:
                 "storage.endpoint_url holds a user name or password.",
                 "Use the standard credential chain (AWS_ACCESS_KEY_ID, ~/.aws/credentials, …).",
             )
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        anonymous: bool = False,
+    ) -> Storage:
+        """Fill what is not given from the standard environment variables.
+
+        Done once, on the driver: workers elsewhere may not have these variables.
+        """
+        environment = os.environ.get
+        return cls(
+            endpoint_url=endpoint_url
+            or environment("AWS_ENDPOINT_URL_S3")
+            or environment("AWS_ENDPOINT_URL"),
+            region=region or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION"),
+            anonymous=anonymous,
+        )
 
     def filesystem(self, uri: str) -> fsspec.AbstractFileSystem:
         """Return the fsspec file system of a uri.

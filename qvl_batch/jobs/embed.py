@@ -244,11 +244,11 @@ class _Load:
     recipe: Recipe
     method: str
 
-    def __call__(self) -> Any:  # noqa: ANN401 - an engine or a counter, by the method's name
+    def __call__(self) -> Any:
         return getattr(self.model, self.method)(self.recipe)
 
 
-def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:  # noqa: ANN401
+def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:
     """Return the stream of references to embedded blocks: the Ray Data graph of the job."""
     context = DataContext.get_current()
     # One block in, one block out: a replayed task skips by index what it delivered before.
@@ -450,7 +450,7 @@ class _Run:
                 self._progress.update(self.loop.counts)
                 return False
 
-    def _next_block(self) -> Any:  # noqa: ANN401 - a block, an error, the end, or nothing yet
+    def _next_block(self) -> Any:
         if self.loop.is_full:
             # The queue fills, the feeder waits, and Ray holds the graph back.
             time.sleep(0.05)
