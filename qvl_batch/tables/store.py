@@ -246,6 +246,11 @@ class TableStore:
         session.list_with_delimiter()
 
 
+def name_of(dataset: lance.LanceDataset) -> str:
+    """Return the name of an open table: the last part of its uri, without ``.lance``."""
+    return dataset.uri.rstrip("/").rsplit("/", 1)[-1].removesuffix(".lance")
+
+
 def schema_difference(ours: pa.Schema, theirs: pa.Schema) -> str:
     """Return the first difference of column names, order, types or nullability; '' if none."""
     for position in range(max(len(ours), len(theirs))):
