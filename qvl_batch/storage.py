@@ -88,8 +88,13 @@ class Storage:
             anonymous=anonymous,
         )
 
-    def filesystem(self, uri: str) -> fsspec.AbstractFileSystem:
+    def filesystem(self, uri: str, **s3_options: Any) -> fsspec.AbstractFileSystem:
         """Return the fsspec file system of a uri.
+
+        Args:
+            uri: Any uri of the store.
+            s3_options: Further arguments of s3fs, such as ``config_kwargs``; other stores and
+                local paths take none of them.
 
         Raises:
             StorageError: If the scheme is unknown or its package is not installed.
@@ -111,7 +116,7 @@ class Storage:
                 client["region_name"] = self.region
             if self.endpoint_url:
                 client["endpoint_url"] = self.endpoint_url
-            options = {"client_kwargs": client, "anon": self.anonymous}
+            options = {"client_kwargs": client, "anon": self.anonymous, **s3_options}
         try:
             return fsspec.filesystem(scheme, **options)
         except ImportError:
