@@ -1,0 +1,141 @@
+"""The embedding engine: prompts to encoded vectors, each input on its own terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qvl_batch.errors import BadVectorError, ModelError, UnitError
+from qvl_batch.model.encode import encode, is_bad, truncate
+from qvl_batch.model.forward import PackedModel, PackedPrompt
+from qvl_batch.model.load import choose_device, choose_dtype, full_dim, load_checkpoint
+from qvl_batch.model.prompt import PromptIds, PromptTokenizer
+from qvl_batch.recipe import DEFAULT_INSTRUCTION
+from qvl_batch.units import Embedded, EmbedInput
+
+# Stands for a prompt that could not be made, so that indices stay those of the inputs.
+_NO_PROMPT = PromptIds(np.zeros(0, np.int64), (), 0)
+
+
+class EmbedEngine:
+    """Turns inputs into encoded vectors; implements ``units.Engine``.
+
+    Args:
+        folder: A checkpoint folder.
+        dim: Dimensions to keep of the model's full one.
+        encodings: Any of ``float32, float16, int8, binary``.
+        instruction: The system turn of inputs without an own instruction.
+        max_tokens: The context.
+        token_layout: ``unnested`` or ``nested``.
+        dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU), ``float32``, ``bfloat16``,
+            ``float16``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        batch_tokens: Language-model tokens of one forward pass.
+        threads: Torch's CPU threads in this process; None leaves them.
+        hard_limit_tokens: Treat longer forward passes as out of memory.
+
+    Raises:
+        ModelError: If the checkpoint can not be used or is smaller than ``dim``.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        dim: int | None = None,
+        encodings: Sequence[str] = ("float32",),
+        instruction: str = DEFAULT_INSTRUCTION,
+        max_tokens: int = 8192,
+        token_layout: str = "unnested",
+        dtype: str = "auto",
+        device: str = "auto",
+        batch_tokens: int = 16_384,
+        threads: int | None = None,
+        hard_limit_tokens: int | None = None,
+    ) -> None:
+        folder = Path(folder)
+        self.full_dim = full_dim(folder)
+        self.dim = self.full_dim if dim is None else dim
+        if self.dim > self.full_dim:
+            raise ModelError(
+                f"recipe.dim is {self.dim}, but the model {folder} has {self.full_dim} dimensions.",
+                f"Lower recipe.dim to {self.full_dim} or less.",
+            )
+        if threads:
+            torch.set_num_threads(threads)
+        self.encodings = tuple(encodings)
+        self.tokenizer = PromptTokenizer(
+            folder,
+            default_instruction=instruction,
+            max_tokens=max_tokens,
+            token_layout=token_layout,
+        )
+        self.tokenizer.require_endoftext()
+        chosen = choose_device(device)
+        model = load_checkpoint(folder, dtype=choose_dtype(dtype, chosen), device=chosen)
+        self._packed = PackedModel(
+            model, batch_tokens=batch_tokens, hard_limit_tokens=hard_limit_tokens
+        )
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one forward pass; smaller than asked for once memory ran out."""
+        return self._packed.batch_tokens
+
+    def embed(self, inputs: list[EmbedInput]) -> Embedded:
+        """Embed every input; failures are stated by index and harm no other input."""
+        states, prompts, failures = self._states(inputs)
+        for index in torch.nonzero(is_bad(states, self.dim)).flatten().tolist():
+            failures.setdefault(index, _bad_vector(inputs[index], states[index], self.dim))
+        return Embedded(
+            columns=encode(states, self.dim, self.encodings),
+            num_tokens=np.array([len(prompt.ids) for prompt in prompts], np.int32),
+            truncated=np.array([prompt.truncated for prompt in prompts], np.bool_),
+            failures=failures,
+        )
+
+    def embed_vectors(self, inputs: list[EmbedInput]) -> npt.NDArray[np.float32]:
+        """Return the full vectors, normalised in float32, shape (n, full dimension).
+
+        Raises:
+            UnitError: The first failure, if any input fails.
+        """
+        states, _, failures = self._states(inputs)
+        for index in torch.nonzero(is_bad(states, self.full_dim)).flatten().tolist():
+            failures.setdefault(index, _bad_vector(inputs[index], states[index], self.full_dim))
+        if failures:
+            raise failures[min(failures)]
+        return truncate(states, self.full_dim).cpu().numpy()
+
+    def _states(
+        self, inputs: list[EmbedInput]
+    ) -> tuple[torch.Tensor, list[PromptIds], dict[int, UnitError]]:
+        prompts, failures = [], {}
+        for index, unit in enumerate(inputs):
+            try:
+                prompts.append(self.tokenizer.encode(unit))
+            except UnitError as error:
+                prompts.append(_NO_PROMPT)
+                failures[index] = error
+        usable = [index for index in range(len(inputs)) if index not in failures]
+        states, too_large = self._packed.last_states(
+            [
+                PackedPrompt(prompts[i], (*inputs[i].videos, *inputs[i].images), inputs[i].uri)
+                for i in usable
+            ]
+        )
+        failures |= {usable[index]: error for index, error in too_large.items()}
+        placed = states.new_zeros(len(inputs), states.shape[1])
+        placed[usable] = states
+        return placed, prompts, failures
+
+
+def _bad_vector(unit: EmbedInput, state: torch.Tensor, dim: int) -> BadVectorError:
+    head = state[:dim].float()
+    bad = int((~torch.isfinite(head)).sum())
+    what = f"{bad} of {dim} values are NaN or Inf" if bad else f"norm is {head.norm().item():.3g}"
+    return BadVectorError(unit.uri, f"the vector is not usable: {what}")

@@ -1,0 +1,441 @@
+"""Checkpoints: where they come from, what is refused, how they are loaded.
+
+Only safetensors are read and no code of a checkpoint is ever run. Anything that would leave a
+weight at its random initial value is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvl_batch.errors import ModelError
+from qvl_batch.storage import Storage, is_local, local_path, scheme_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+MODEL_TYPE = "qwen3_vl"
+# What a checkpoint needs; never pickles or code.
+WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_BLOCK_BYTES = 8 * 1024 * 1024
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve_model(
+    path: str, revision: str | None, storage: Storage, cache_dir: str | None = None
+) -> Path:
+    """Return a local folder that holds the checkpoint, fetching it once per node if need be.
+
+    Args:
+        path: A local folder, a hub id (``owner/name``), or a folder on an object store.
+        revision: A hub commit, tag or branch; only with a hub id.
+        storage: How object stores are reached.
+        cache_dir: Where object-store checkpoints are kept; default
+            ``~/.cache/qvl-batch/models``. The hub keeps its own cache.
+
+    Returns:
+        A folder with config.json, tokenizer.json and safetensors of a Qwen3-VL model.
+
+    Raises:
+        ModelError: If there is none, with the remedy.
+        StorageError: If the object store's scheme or package is unknown.
+    """
+    if not is_local(path):
+        _refuse_revision(path, revision)
+        folder = _fetch_folder(path, storage, cache_dir)
+    elif os.path.isdir(local_path(path)):
+        _refuse_revision(path, revision)
+        folder = Path(local_path(path))
+    elif _looks_like_hub_id(path):
+        folder = _fetch_from_hub(path, revision)
+    else:
+        raise ModelError(
+            f"There is no model folder {path}.",
+            "Give a folder with config.json and *.safetensors, a hub id such as "
+            "Qwen/Qwen3-VL-Embedding-2B, or an object-store folder.",
+        )
+    check_folder(folder, named=path)
+    return folder
+
+
+def _refuse_revision(path: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ModelError(
+            f"model.revision is {revision!r}, but {path} is not a hub id.",
+            "Remove the revision: a folder is what it is.",
+        )
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
+
+
+def check_folder(folder: Path, *, named: str | None = None) -> None:
+    """Check that a folder holds a loadable checkpoint.
+
+    Raises:
+        ModelError: If config.json, the weights or tokenizer.json are missing, if there are only
+            pickle weights, or if it is another kind of model.
+    """
+    name = named or str(folder)
+    if not folder.is_dir():
+        raise ModelError(f"There is no model folder {name}.", "Check the path.")
+    read_config(folder, named=name)
+    if not weight_files(folder):
+        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{name} has only pickle weights ({', '.join(pickles[:3])}); only safetensors are "
+                "loaded, since a pickle can run code.",
+                "Convert them to safetensors, or take a checkpoint that has them.",
+            )
+        raise ModelError(
+            f"{name} has no weights (*.safetensors).", "Download the checkpoint's weights too."
+        )
+    missing = _missing_shards(folder)
+    if missing:
+        raise ModelError(
+            f"{name} lacks {', '.join(missing[:3])}, which its index lists.",
+            "Download the missing shards.",
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{name} has no tokenizer.json.", "Download the checkpoint's tokenizer.json too."
+        )
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    listed = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+    return sorted(name for name in listed if not (folder / name).is_file())
+
+
+def read_config(folder: Path, *, named: str | None = None) -> dict[str, Any]:
+    """Return config.json of a Qwen3-VL checkpoint.
+
+    Raises:
+        ModelError: If it is missing, is not JSON, or says another model type.
+    """
+    name = named or str(folder)
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{name} has no config.json, so it is not a model folder.",
+            "Give the folder that holds config.json and *.safetensors.",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(
+            f"{name}: config.json is not JSON ({error}).", "Download it again."
+        ) from None
+    found = config.get("model_type")
+    if found != MODEL_TYPE:
+        raise ModelError(
+            f"{name} is a model of type {found!r}, not {MODEL_TYPE!r}.",
+            "Use a Qwen3-VL-Embedding or Qwen3-VL-Reranker checkpoint.",
+        )
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, sorted by name."""
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def full_dim(folder: Path) -> int:
+    """Return the model's full embedding dimension, from config.json alone."""
+    config = read_config(Path(folder))
+    try:
+        return int(config["text_config"]["hidden_size"])
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(
+            f"{folder}: config.json states no text_config.hidden_size.", "Download it again."
+        ) from None
+
+
+def weights_digest(folder: Path) -> str:
+    """Return what identifies a model's results: sha256 hex over its files.
+
+    Hashed in this order, each as its name, its size in bytes and its bytes: the sorted
+    ``*.safetensors``, then config.json, then tokenizer.json. The folder's own name and every other
+    file are left out, so that a copy elsewhere has the same digest. Reads in 8 MiB blocks.
+    """
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    for path in [*weight_files(folder), folder / "config.json", folder / "tokenizer.json"]:
+        if not path.is_file():
+            continue
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _fetch_from_hub(name: str, revision: str | None) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED_FILES)))
+    except GatedRepoError:
+        raise ModelError(
+            f"The hub model {name} is gated.", "Accept its terms and log in: hf auth login."
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(
+            f"The hub model {name} has no revision {revision!r}.",
+            "Check the commit, tag or branch.",
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ModelError(
+            f"There is no folder {name} and no hub model of that name (or it is private).",
+            "Check the name; for a private one log in: hf auth login.",
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise ModelError(
+            f"There is no folder {name}, and the hub can not be reached for a model of that name "
+            f"({type(error).__name__}).",
+            "Download the checkpoint where there is a network and give its folder, or set HF_HOME "
+            "to a cache that holds it.",
+        ) from None
+
+
+def _fetch_folder(url: str, storage: Storage, cache_dir: str | None) -> Path:
+    """Copy an object-store folder into the cache, once, whoever asks at the same time.
+
+    The cache entry is named by the folder's url and its files' names, sizes and etags, so a
+    changed checkpoint is fetched anew. It appears by a rename of a complete copy.
+    """
+    filesystem = storage.filesystem(url)
+    root = url.split("://", 1)[1].rstrip("/") if scheme_of(url) != "file" else local_path(url)
+    try:
+        found = filesystem.find(root, maxdepth=1, detail=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{url} can not be listed: {type(error).__name__}: {error}.",
+            "Check the address, the endpoint and the credentials.",
+        ) from None
+    # botocore's missing-credentials error is no OSError; it belongs to a package that is only
+    # there with s3fs, so it is known by name.
+    except Exception as error:
+        if "Credentials" not in type(error).__name__:
+            raise
+        raise ModelError(
+            f"{url} can not be listed: {error}.", "Provide credentials by the standard chain."
+        ) from None
+    files = {
+        path.rsplit("/", 1)[-1]: (path, info)
+        for path, info in sorted(found.items())
+        if any(fnmatch.fnmatch(path.rsplit("/", 1)[-1], wanted) for wanted in WANTED_FILES)
+    }
+    if not files:
+        held = ", ".join(sorted(path.rsplit("/", 1)[-1] for path in found)[:3])
+        raise ModelError(
+            f"There is no model folder {url}" + (f": it holds only {held}." if held else "."),
+            "Give the folder that holds config.json and *.safetensors.",
+        )
+    stated = [url.rstrip("/")]
+    for name, (_, info) in files.items():
+        version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime")
+        stated.append(f"{name}\0{info.get('size')}\0{version}")
+    key = hashlib.sha256("\n".join(stated).encode()).hexdigest()[:32]
+    cache = Path(cache_dir or "~/.cache/qvl-batch/models").expanduser()
+    folder = cache / key
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _file_lock(cache / f"{key}.lock"):
+            if not folder.is_dir():
+                _copy_whole(filesystem, files, cache, folder)
+    except OSError as error:
+        raise ModelError(
+            f"{url} can not be copied to {cache}: {error}.",
+            "Check the network, the room on that disk and its permissions.",
+        ) from None
+    return folder
+
+
+def _copy_whole(filesystem: Any, files: dict[str, tuple[str, Any]], cache: Path, to: Path) -> None:
+    # A copy that was killed leaves its temporary folder; nobody else can hold the lock now.
+    for left in cache.glob(f".{to.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=cache))
+    try:
+        for name, (path, info) in files.items():
+            filesystem.get_file(path, str(temporary / name))
+            got, size = (temporary / name).stat().st_size, info.get("size")
+            if size is not None and got != size:
+                raise OSError(f"{name} has {got} bytes instead of {size}")
+        temporary.rename(to)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock that the system drops when the process dies."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device to use: ``auto`` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        ModelError: If CUDA is asked for and there is none.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"The device {device} is not there.", "Use model.device: cpu or auto.")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the compute type: ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype is {dtype!r}.", f"Allowed: {', '.join(DTYPES)}.")
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, dtype)
+
+
+def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load transformers' Qwen3VLModel for packed inference.
+
+    The patch embedding is turned into a matrix product, attention is the packed one, nothing is
+    cached between calls, and gradients are off. A checkpoint's ``lm_head`` is left out.
+
+    Raises:
+        ModelError: If a weight is missing, unknown or of another shape, or a file is damaged.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    from qvl_batch.model import attention
+    from qvl_batch.model.patches import LinearPatchEmbed
+
+    check_folder(Path(folder))
+    attention.register()
+    try:
+        with _quiet_transformers():
+            config = Qwen3VLConfig.from_pretrained(str(folder), local_files_only=True)
+            model, report = Qwen3VLModel.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{folder} can not be loaded: {first[0]}", "Download it again.") from None
+    _refuse_wrong_weights(folder, report)
+    for part in (model.config, model.config.text_config, model.config.vision_config):
+        part._attn_implementation = attention.PACKED_ATTENTION
+        part.use_cache = False
+    model.visual.patch_embed = LinearPatchEmbed(model.visual.patch_embed.proj)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _refuse_wrong_weights(folder: Path, report: dict[str, Any]) -> None:
+    missing = sorted(report["missing_keys"])
+    unknown = sorted(key for key in report["unexpected_keys"] if not key.endswith("lm_head.weight"))
+    wrong_shape = sorted(str(key[0]) for key in report["mismatched_keys"])
+    facts = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for keys, what in (
+            (missing, "missing"),
+            (unknown, "unknown"),
+            (wrong_shape, "of another shape"),
+        )
+        if keys
+    ]
+    if facts:
+        raise ModelError(
+            f"The weights of {folder} do not match its config.json: {'; '.join(facts)}.",
+            "Nothing is initialised at random here: take a complete checkpoint.",
+        )
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and load report off the terminal; we report ourselves."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_head_rows(folder: Path, ids: list[int]) -> torch.Tensor:
+    """Return the given rows of the language-model head, float as stored, shape (len(ids), hidden).
+
+    A tied head is the token embedding (2B), an untied one ``lm_head.weight`` (8B).
+
+    Raises:
+        ModelError: If the head is untied and missing, as in Qwen3-VL-Embedding-8B.
+    """
+    import torch
+    from safetensors import safe_open
+
+    config = read_config(Path(folder))
+    tied = config.get(
+        "tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)
+    )
+    wanted = "embed_tokens.weight" if tied else "lm_head.weight"
+    for path in weight_files(Path(folder)):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                if key == wanted or key.endswith("." + wanted):
+                    rows = file.get_slice(key)
+                    return torch.cat([rows[i : i + 1] for i in ids])
+    raise ModelError(
+        f"{folder} has no {wanted}, whose rows for yes and no make the score.",
+        "Use a Qwen3-VL-Reranker checkpoint.",
+    )

@@ -1,0 +1,413 @@
+"""Prompts as token ids, from the checkpoint's own tokenizer.json.
+
+The layout is that of the official classes (Qwen3-VL-Embedding, ``qwen3_vl_embedding.py`` and
+``qwen3_vl_reranker.py``) rendered with Qwen3-VL's ChatML. Two deliberate points:
+
+* What a user writes is text. ``<|im_end|>`` in a text is seven ordinary characters and more, never
+  a control token (the official classes let it become one).
+* A prompt's length is known from plans alone, before a pixel exists.
+
+Only the small ``tokenizers`` package is needed here: neither torch nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qvl_batch.budget import FACTOR_PX
+from qvl_batch.errors import EmbedFailedError, ModelError
+from qvl_batch.recipe import DEFAULT_INSTRUCTION
+from qvl_batch.units import EmbedInput, PartPlan, Vision
+
+RERANK_SYSTEM = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".'
+)
+DEFAULT_RERANK_INSTRUCTION = (
+    "Given a search query, retrieve relevant candidates that answer the query."
+)
+# <|im_end|> \n <|im_start|> assistant \n: what the official reranker never cuts.
+RERANK_TAIL_TOKENS = 5
+EMPTY_USER_TURN = "NULL"
+
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VisionShape:
+    """What a prompt must know of an image or a video: tokens per temporal group, and times.
+
+    ``rows`` and ``columns`` count language-model tokens (32 x 32 px). ``seconds`` has one time per
+    group of a video and is empty for an image.
+    """
+
+    rows: int
+    columns: int
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        return len(self.seconds) or 1
+
+
+def shape_of(part: Vision | PartPlan) -> VisionShape:
+    """Return the prompt's view of decoded frames or of a plan."""
+    if isinstance(part, PartPlan):
+        height, width = part.height_px, part.width_px
+    else:
+        _, height, width, _ = part.pixels.shape
+    return VisionShape(height // FACTOR_PX, width // FACTOR_PX, part.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The pads of one temporal group: ``rows * columns`` tokens from ``start`` on."""
+
+    start: int
+    rows: int
+    columns: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class PromptIds:
+    """One tokenised prompt.
+
+    ``ids`` is int64 of shape ``(tokens,)``. ``spans`` are the vision tokens in the order of their
+    features: videos, then images, each by temporal group. ``num_untruncated`` is the length before
+    any cut.
+    """
+
+    ids: npt.NDArray[np.int64]
+    spans: tuple[Span, ...]
+    num_untruncated: int
+
+    @property
+    def truncated(self) -> bool:
+        return len(self.ids) < self.num_untruncated
+
+
+# A piece of a prompt: ordinary text, a special token by name, or the pads of a temporal group.
+_Piece = str | tuple[str] | tuple[str, int, int]
+
+
+def _vision_pieces(shapes: Sequence[VisionShape], pad: str, nested: bool) -> Iterable[_Piece]:
+    """Yield the markers, times and pads of images or videos.
+
+    Un-nested is what the weights were released with (transformers 4.57: each group replaces the
+    template's own marker pair); nested is what transformers 5.10 and later make of the same
+    template (the outer pair stays).
+    """
+    for shape in shapes:
+        outer = nested and bool(shape.seconds)
+        if outer:
+            yield ("<|vision_start|>",)
+        for second in shape.seconds or (None,):
+            if second is not None:
+                yield f"<{second:.1f} seconds>"
+            yield ("<|vision_start|>",)
+            yield (pad, shape.rows, shape.columns)
+            yield ("<|vision_end|>",)
+        if outer:
+            yield ("<|vision_end|>",)
+
+
+def embed_instruction(instruction: str | None, default: str) -> str:
+    """Return the system turn: stripped, with a final dot unless it ends in punctuation.
+
+    Source: ``_format_messages`` of the official embedder. A blank instruction means the default,
+    which is taken as it is.
+    """
+    stripped = (instruction or "").strip()
+    if not stripped:
+        return default
+    return stripped if unicodedata.category(stripped[-1]).startswith("P") else stripped + "."
+
+
+class PromptTokenizer:
+    """Tokenises the prompts of one checkpoint.
+
+    Args:
+        folder: A checkpoint folder with tokenizer.json and config.json.
+        default_instruction: The system turn of inputs without an own instruction.
+        max_tokens: The context: longer prompts are cut as the official class cuts them.
+        token_layout: ``unnested`` or ``nested`` vision tokens of videos.
+
+    Raises:
+        ModelError: If the tokenizer is missing, unreadable, lacks a token that prompts need, or
+            disagrees with config.json about a vision token's id.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        default_instruction: str = DEFAULT_INSTRUCTION,
+        max_tokens: int = 8192,
+        token_layout: str = "unnested",
+    ) -> None:
+        from tokenizers import Tokenizer
+
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(
+                f"{folder} has no tokenizer.json.", "Download the checkpoint's tokenizer.json too."
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        # tokenizers raises a bare Exception for whatever it can not read.
+        except Exception as error:
+            raise ModelError(f"{path} can not be read: {error}.", "Download it again.") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # What users write stays text; the special tokens of the layout are placed by id.
+        self._tokenizer.encode_special_tokens = True
+        self.default_instruction = default_instruction
+        self.max_tokens = max_tokens
+        self.nested = token_layout == "nested"
+        self.special = {name: self._token_id(name) for name in _SPECIAL}
+        self._check_config(Path(folder))
+        plain = self._tokenizer.encode("hi", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("hi", add_special_tokens=True).ids
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), len(whole))
+        self._prefix, self._suffix = whole[:at], whole[at + len(plain) :]
+        self._short_ids = functools.lru_cache(maxsize=4096)(self._text_ids)
+
+    def _token_id(self, name: str) -> int:
+        token = self._tokenizer.token_to_id(name)
+        if token is None:
+            raise ModelError(
+                f"The tokenizer has no token {name}.", "Use a Qwen3-VL-Embedding or -Reranker one."
+            )
+        return int(token)
+
+    def _check_config(self, folder: Path) -> None:
+        path = folder / "config.json"
+        if not path.is_file():
+            return
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key, name in (
+            ("image_token_id", "<|image_pad|>"),
+            ("video_token_id", "<|video_pad|>"),
+        ):
+            stated = config.get(key, self.special[name])
+            if stated != self.special[name]:
+                raise ModelError(
+                    f"config.json has {key} {stated}, tokenizer.json has {self.special[name]} for "
+                    f"{name}.",
+                    "Take both files from the same checkpoint.",
+                )
+
+    def require_endoftext(self) -> None:
+        """Check that the tokenizer ends every prompt with ``<|endoftext|>``.
+
+        The embedding is read at that token, so without it every vector would be another one.
+
+        Raises:
+            ModelError: If it does not.
+        """
+        if self._suffix[-1:] != [self.special["<|endoftext|>"]]:
+            raise ModelError(
+                "The checkpoint's tokenizer does not append <|endoftext|>, where an embedding is "
+                "read.",
+                "Use the tokenizer.json of a Qwen3-VL-Embedding checkpoint (not of an Instruct or "
+                "Reranker one).",
+            )
+
+    def vocabulary_id(self, word: str) -> int:
+        """Return the id of a word that is one token.
+
+        Raises:
+            ModelError: If the vocabulary lacks it.
+        """
+        return self._token_id(word)
+
+    def count(
+        self,
+        *,
+        texts: tuple[str, ...] = (),
+        instruction: str | None = None,
+        plans: Sequence[PartPlan] = (),
+    ) -> int:
+        """Return the tokens of the whole prompt, not truncated, from plans alone."""
+        shapes = [shape_of(plan) for plan in plans]
+        videos = [shape for shape in shapes if shape.seconds]
+        images = [shape for shape in shapes if not shape.seconds]
+        pieces = self._embed_pieces(texts, images, videos, instruction)
+        total = len(self._prefix) + len(self._suffix)
+        for piece in _merged(pieces):
+            if isinstance(piece, str):
+                total += len(self._ids(piece))
+            else:
+                total += piece[1] * piece[2] if len(piece) == 3 else 1
+        return total
+
+    def encode(self, unit: EmbedInput) -> PromptIds:
+        """Return the ids of an embedding prompt.
+
+        Source of the cut: the tokenizer's right truncation as the official embedder asks for it,
+        which keeps only the appended ``<|endoftext|>`` and so loses the assistant header.
+
+        Raises:
+            EmbedFailedError: If the cut would fall inside vision tokens.
+        """
+        pieces = self._embed_pieces(
+            unit.texts,
+            [shape_of(vision) for vision in unit.images],
+            [shape_of(vision) for vision in unit.videos],
+            unit.instruction,
+        )
+        ids, spans = self._assemble(pieces)
+        whole = len(ids) + len(self._suffix)
+        if whole > self.max_tokens:
+            keep = self.max_tokens - len(self._suffix)
+            if spans and spans[-1].end > keep:
+                raise EmbedFailedError(
+                    unit.uri,
+                    f"needs {whole} tokens, {spans[-1].end} of them up to the end of its last "
+                    f"image or video; the context is {self.max_tokens}",
+                )
+            ids = ids[:keep]
+        return PromptIds(np.array(ids + self._suffix, np.int64), tuple(spans), whole)
+
+    def encode_pair(self, instruction: str, query: EmbedInput, document: EmbedInput) -> PromptIds:
+        """Return the ids of a reranking prompt.
+
+        Source: the official reranker. Its instruction is used verbatim; nothing stands between the
+        instruction and ``<Query>:``. Its cut keeps every special token, fills up to ``max_tokens``
+        with the first other tokens, and re-appends the last 5 ids: up to ``max_tokens + 5``.
+
+        Raises:
+            EmbedFailedError: If the special tokens alone pass the context.
+        """
+        pieces: list[_Piece] = [
+            ("<|im_start|>",),
+            f"system\n{RERANK_SYSTEM}",
+            ("<|im_end|>",),
+            "\n",
+            ("<|im_start|>",),
+            f"user\n<Instruct>: {instruction}<Query>:",
+            *self._side(query),
+            "\n<Document>:",
+            *self._side(document),
+            ("<|im_end|>",),
+            "\n",
+            ("<|im_start|>",),
+            "assistant\n",
+        ]
+        ids, spans = self._assemble(pieces)
+        ids += self._suffix
+        whole = len(ids)
+        if whole > self.max_tokens + RERANK_TAIL_TOKENS:
+            ids, spans = self._cut_pair(ids, spans, document.uri)
+        return PromptIds(np.array(ids, np.int64), tuple(spans), whole)
+
+    def _cut_pair(
+        self, ids: list[int], spans: list[Span], uri: str
+    ) -> tuple[list[int], list[Span]]:
+        head = np.array(ids[:-RERANK_TAIL_TOKENS])
+        is_special = np.isin(head, list(self.special.values()))
+        room = self.max_tokens - int(is_special.sum())
+        if room < 0:
+            raise EmbedFailedError(
+                uri,
+                f"needs {int(is_special.sum())} vision and control tokens, the context is "
+                f"{self.max_tokens}",
+            )
+        kept = is_special | (np.cumsum(~is_special) <= room)
+        # How many tokens before a position survive: where its span moves to.
+        moved = np.concatenate([[0], np.cumsum(kept)])
+        spans = [Span(int(moved[span.start]), span.rows, span.columns) for span in spans]
+        return [*head[kept].tolist(), *ids[-RERANK_TAIL_TOKENS:]], spans
+
+    def _side(self, side: EmbedInput) -> list[_Piece]:
+        return list(
+            self._content(
+                side.texts,
+                [shape_of(vision) for vision in side.images],
+                [shape_of(vision) for vision in side.videos],
+            )
+        )
+
+    def _content(
+        self, texts: Sequence[str], images: Sequence[VisionShape], videos: Sequence[VisionShape]
+    ) -> Iterable[_Piece]:
+        yield from _vision_pieces(videos, "<|video_pad|>", self.nested)
+        yield from _vision_pieces(images, "<|image_pad|>", self.nested)
+        yield from texts
+        if not (texts or images or videos):
+            yield EMPTY_USER_TURN
+
+    def _embed_pieces(
+        self,
+        texts: Sequence[str],
+        images: Sequence[VisionShape],
+        videos: Sequence[VisionShape],
+        instruction: str | None,
+    ) -> Iterable[_Piece]:
+        yield ("<|im_start|>",)
+        yield f"system\n{embed_instruction(instruction, self.default_instruction)}"
+        yield ("<|im_end|>",)
+        yield "\n"
+        yield ("<|im_start|>",)
+        yield "user\n"
+        yield from self._content(texts, images, videos)
+        yield ("<|im_end|>",)
+        yield "\n"
+        yield ("<|im_start|>",)
+        yield "assistant\n"
+
+    def _assemble(self, pieces: Iterable[_Piece]) -> tuple[list[int], list[Span]]:
+        ids = list(self._prefix)
+        spans = []
+        for piece in _merged(pieces):
+            if isinstance(piece, str):
+                ids += self._ids(piece)
+            elif len(piece) == 3:
+                name, rows, columns = piece
+                spans.append(Span(len(ids), rows, columns))
+                ids += [self.special[name]] * (rows * columns)
+            else:
+                ids.append(self.special[piece[0]])
+        return ids, spans
+
+    def _ids(self, text: str) -> list[int]:
+        # The template's own words and the times recur; users' texts would only fill the cache.
+        return self._short_ids(text) if len(text) <= 64 else self._text_ids(text)
+
+    def _text_ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _merged(pieces: Iterable[_Piece]) -> Iterable[_Piece]:
+    """Join neighbouring texts: a tokenizer sees everything between two special tokens at once."""
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        if text:
+            yield text
+            text = ""
+        yield piece
+    if text:
+        yield text
