@@ -19,10 +19,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayTaskError
@@ -114,6 +116,9 @@ def prepare(
         )
         for name, partition in plan.partitions.items()
     }
+    for name in plan.planned_versions:
+        # Also checks that the manifest's own columns are those of the earlier runs.
+        store.create(name, schemas[name])
     return EmbedJob(
         config=config,
         run_id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
@@ -150,6 +155,17 @@ def check_recipe(store: TableStore, collection: str, recipe: Recipe) -> None:
         )
 
 
+def create_tables(job: EmbedJob) -> None:
+    """Create the tables of partitions that get their first units: workers only write files."""
+    names = [
+        name
+        for name in pc.unique(job.plan.todo["_table"]).to_pylist()
+        if name not in job.plan.planned_versions
+    ]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: job.store.create(name, job.schemas[name]), names))
+
+
 def run_embed(
     config: EmbedConfig,
     *,
@@ -184,15 +200,19 @@ def run_embed(
     if plan.todo.num_rows:
         pools = choose_pools(config.pools, connect(config.pools.address))
         echo(f"run {job.run_id}: {pools}")
+        create_tables(job)
         run = _Run(job, pools, echo)
         try:
             stopped_by = run.drive()
-        finally:
-            counts, known_files = run.loop.counts, run.loop.known_files
-            _refresh_catalog(job, known_files)
+        except QvlError:
+            # The catalog informs: what ended the run must not be hidden by its refresh.
+            with contextlib.suppress(QvlError, OSError):
+                _refresh_catalog(job, run.loop.known_files)
+            raise
+        counts, known_files = run.loop.counts, run.loop.known_files
     else:
         echo("Nothing to do: every unit is done or has failed for good.")
-        _refresh_catalog(job, known_files)
+    _refresh_catalog(job, known_files)
     report = RunReport.of(job.run_id, plan, counts, job.recipe, time.monotonic() - started_s)
     report = dataclasses.replace(
         report, exit_code=EXIT_OF_SIGNAL[stopped_by] if stopped_by is not None else 0
@@ -328,23 +348,20 @@ def _write_group(stage: WriteRows, exclude: frozenset[int], *blocks: pa.Table) -
 
 
 class _Commits:
-    """`commit_loop.Tables` through the tables room: creates a table at its first commit."""
+    """`commit_loop.Tables` through the tables room."""
 
     def __init__(self, job: EmbedJob) -> None:
         self._job = job
-        self._versions = dict(job.plan.planned_versions)
 
     def append(self, table: str, fragments: Sequence[Mapping[str, Any]], marker: str) -> None:
-        job = self._job
-        if table not in self._versions:
-            self._versions[table] = job.store.create(table, job.schemas[table]).version
         append(
-            job.store,
+            self._job.store,
             table,
             fragments,
             marker=marker,
-            run_id=job.run_id,
-            planned_version=self._versions[table],
+            run_id=self._job.run_id,
+            # A table that the plan did not find begins with version 1, which is empty.
+            planned_version=self._job.plan.planned_versions.get(table, 1),
         )
 
     def append_failures(self, rows: pa.Table, marker: str) -> None:

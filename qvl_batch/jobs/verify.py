@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from qvl_batch.errors import ManifestError, StorageError
 from qvl_batch.jobs.plan import Units, identify, read_manifest
 from qvl_batch.storage import Storage
-from qvl_batch.tables.check import Problem, check_table
+from qvl_batch.tables.check import LOST, Problem, check_table
 from qvl_batch.tables.layout import partition_json
-from qvl_batch.tables.ledger import failed_units, table_partition
+from qvl_batch.tables.ledger import done_units, failed_units, table_collection, table_partition
 from qvl_batch.tables.store import TableStore
 
 LISTED_PROBLEMS = 50
@@ -106,9 +106,9 @@ def _tables_of(store: TableStore) -> dict[str, list[str]]:
         if name.startswith("_"):
             continue
         dataset = store.open(name)
-        stated = (dataset.schema.metadata or {}).get(b"qvl.collection") if dataset else None
-        if stated is not None:
-            by_collection.setdefault(stated.decode(), []).append(name)
+        collection = table_collection(dataset) if dataset is not None else ""
+        if collection:
+            by_collection.setdefault(collection, []).append(name)
     return by_collection
 
 
@@ -122,37 +122,36 @@ def _partition_keys(store: TableStore, names: list[str]) -> list[str]:
 def _verify_collection(
     store: TableStore, collection: str, names: list[str], units: Units | None
 ) -> VerifyReport:
-    problems: list[Problem] = []
-    num_rows = num_done = num_failed = num_unlisted = 0
+    findings: list[Problem] = []
+    num_rows = num_done = num_failed = 0
     listed = units.partitions if units is not None else {}
     for name in sorted({*names, *listed}):
         dataset = store.open(name)
-        if name in listed:
-            partition = listed[name]
-        elif dataset is not None:
+        partition = listed.get(name)
+        if partition is None and dataset is not None:
             partition = table_partition(dataset)
+        if partition is None:
+            continue
         failed = failed_units(store, collection, partition_json(partition))["unit_id"]
         failed = failed.combine_chunks()
-        expected, uris = None, {}
+        expected = None
         if units is not None:
-            mine = units.rows.filter(pc.equal(units.rows["_table"], name))
-            expected = mine["unit_id"].combine_chunks()
-            uris = mine
-        if dataset is None:
+            expected = units.rows.filter(pc.equal(units.rows["_table"], name))["unit_id"]
+            expected = expected.combine_chunks()
+            num_failed += pc.sum(pc.is_in(expected, value_set=failed)).as_py() or 0
+        else:
+            num_failed += len(failed)
+        if dataset is not None:
+            findings += check_table(dataset, expected, failed)
+            num_rows += dataset.count_rows()
+            num_done += len(done_units(dataset))
+        elif expected is not None:
             lost = expected.filter(pc.invert(pc.is_in(expected, value_set=failed)))
-            num_failed += len(expected) - len(lost)
-            problems += [
-                Problem("missing", name, unit.as_py(), None, "neither done nor failed")
+            findings += [
+                Problem(LOST, name, unit.as_py(), None, "neither done nor failed; no such table")
                 for unit in lost
             ]
-        else:
-            found = check_table(dataset, expected, failed)
-            problems += found.problems
-            num_rows += found.num_rows
-            num_done += found.num_units
-            num_failed += found.num_failed
-            num_unlisted += found.num_unlisted if units is not None else 0
-        problems = _with_uris(problems, uris)
+    problems = [problem for problem in findings if problem.is_error]
     return VerifyReport(
         collection=collection,
         num_tables=len(names),
@@ -160,25 +159,19 @@ def _verify_collection(
         num_units=units.rows.num_rows if units is not None else 0,
         num_done=num_done,
         num_failed=num_failed,
-        num_unlisted=num_unlisted,
-        problems=tuple(problems),
+        num_unlisted=len(findings) - len(problems),
+        problems=tuple(_with_uris(problems, units)),
     )
 
 
-def _with_uris(problems: list[Problem], units: pa.Table | dict[str, str]) -> list[Problem]:
+def _with_uris(problems: list[Problem], units: Units | None) -> list[Problem]:
+    """Name the media of units that no table can name: those that are not there."""
     nameless = [p.unit_id for p in problems if p.uri is None and p.unit_id is not None]
-    if not nameless or not isinstance(units, pa.Table):
+    if not nameless or units is None:
         return problems
-    hits = units.filter(pc.is_in(units["unit_id"], value_set=pa.array(nameless, pa.string())))
-    names = {
-        unit: uri or text
-        for unit, uri, text in zip(
-            hits["unit_id"].to_pylist(),
-            hits["uri"].to_pylist(),
-            hits["text"].to_pylist(),
-            strict=True,
-        )
-    }
+    wanted = pc.is_in(units.rows["unit_id"], value_set=pa.array(nameless, pa.string()))
+    hits = units.rows.filter(wanted).select(["unit_id", "uri", "text"]).to_pylist()
+    names = {hit["unit_id"]: hit["uri"] or hit["text"] for hit in hits}
     return [
         dataclasses.replace(p, uri=names.get(p.unit_id)) if p.uri is None else p for p in problems
     ]
