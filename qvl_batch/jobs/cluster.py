@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -100,11 +105,18 @@ def connect(address: str | None) -> list[Node]:
     Raises:
         StorageError: If there is no cluster at the address.
     """
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    # Ray's notice that it can not tell its maker about this run is no news for a job's log.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Its errors reach us as exceptions; what the core prints besides is for its developers.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for handler in logging.getLogger("ray.data").handlers:
+        # Files keep everything; the terminal gets our own account of what went wrong.
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)
     if not ray.is_initialized():
-        _start(address or os.environ.get("RAY_ADDRESS") or "local")
+        with warnings.catch_warnings():
+            # Ray forks and executes its servers at once; no forked process touches Lance.
+            warnings.filterwarnings("ignore", message="lance is not fork-safe")
+            _start(address or os.environ.get("RAY_ADDRESS") or "local")
     return [
         Node(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()
@@ -116,14 +128,15 @@ def _start(address: str) -> None:
     quiet = {"logging_level": "error", "log_to_driver": False}
     if address == "local":
         memory = psutil.virtual_memory().total
-        ray.init(
-            address="local",
-            # Two pools need two CPUs, also on a machine that has one.
-            num_cpus=max(2, os.cpu_count() or 1),
-            object_store_memory=min(LOCAL_OBJECT_STORE_BYTES, memory // 4),
-            include_dashboard=False,
-            **quiet,
-        )
+        with _silent_stderr():
+            ray.init(
+                address="local",
+                # Two pools need two CPUs, also on a machine that has one.
+                num_cpus=max(2, os.cpu_count() or 1),
+                object_store_memory=min(LOCAL_OBJECT_STORE_BYTES, memory // 4),
+                include_dashboard=False,
+                **quiet,
+            )
         return
     try:
         ray.init(address=address, **quiet)
@@ -133,3 +146,18 @@ def _start(address: str) -> None:
             "Check pools.address or RAY_ADDRESS, and RAY_AUTH_MODE / RAY_AUTH_TOKEN_PATH if the "
             "cluster asks for a token.",
         ) from None
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep what Ray's core prints while it starts off the terminal; its errors are raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)

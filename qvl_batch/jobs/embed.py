@@ -200,7 +200,6 @@ def run_embed(
     if plan.todo.num_rows:
         pools = choose_pools(config.pools, connect(config.pools.address))
         echo(f"run {job.run_id}: {pools}")
-        create_tables(job)
         run = _Run(job, pools, echo)
         try:
             stopped_by = run.drive()
@@ -235,6 +234,14 @@ class RunControl:
     def __init__(self) -> None:
         self._stopping = False
         self._begun: set[int] = set()
+        self._error: QvlError | None = None
+
+    def report(self, error: QvlError) -> None:
+        """Keep what a worker can not go on with: Ray Data passes on its text alone."""
+        self._error = self._error or error
+
+    def error(self) -> QvlError | None:
+        return self._error
 
     def may_start(self, ordinal: int) -> bool:
         if self._stopping:
@@ -263,9 +270,14 @@ class _Load:
     model: Model
     recipe: Recipe
     method: str
+    control: Any
 
     def __call__(self) -> Any:
-        return getattr(self.model, self.method)(self.recipe)
+        try:
+            return getattr(self.model, self.method)(self.recipe)
+        except QvlError as error:
+            ray.get(self.control.report.remote(error))
+            raise
 
 
 def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:
@@ -284,7 +296,7 @@ def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:
         fetch_limits=fetch_limits(job.config.limits),
         decode_limits=decode_limits(job.config.limits),
         resize=job.model.resize,
-        load_counter=_Load(job.model, job.recipe, "load_counter"),
+        load_counter=_Load(job.model, job.recipe, "load_counter", control),
         may_start=_MayStart(control),
     )
     rows = ray.data.from_arrow(cut_blocks(job.plan.todo, per_block))
@@ -301,7 +313,7 @@ def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:
     # blocks, whose number of units depends on their kind.
     rows = rows.map_batches_internal(
         EmbedMedia,
-        fn_constructor_args=(_Load(job.model, job.recipe, "load_engine"),),
+        fn_constructor_args=(_Load(job.model, job.recipe, "load_engine", control),),
         batch_size=None,
         batch_format="pyarrow",
         udf_modifying_row_count=False,
@@ -328,11 +340,15 @@ def decode_limits(limits: LimitsSection) -> DecodeLimits:
 class _RayWrites:
     """`commit_loop.Writes` through Ray tasks."""
 
-    def __init__(self, stage: WriteRows) -> None:
+    def __init__(self, stage: WriteRows, before_first: Callable[[], None]) -> None:
         self._stage = ray.put(stage)
+        self._before_first: Callable[[], None] | None = before_first
         self._write = ray.remote(num_cpus=0, max_retries=3)(_write_group)
 
     def start(self, blocks: Sequence[Any], exclude: frozenset[int]) -> object:
+        if self._before_first is not None:
+            self._before_first()
+            self._before_first = None
         return self._write.remote(self._stage, exclude, *blocks)
 
     def finished(self, handles: Sequence[Any], timeout_s: float) -> dict[object, Written]:
@@ -390,7 +406,9 @@ class _Run:
                         for name, partition in job.plan.partitions.items()
                     },
                     run_id=job.run_id,
-                )
+                ),
+                # Not earlier: a model that does not load must leave no empty tables behind.
+                before_first=lambda: create_tables(job),
             ),
             tables=_Commits(job),
             run_id=job.run_id,
@@ -402,8 +420,7 @@ class _Run:
         )
         self._progress = Progress(total=job.plan.todo.num_rows, echo=echo)
         self._echo = echo
-        # The graph is built here, on the main thread, and consumed on its own.
-        self._bundles = embed_graph(job, pools, self._control)
+        self._pools = pools
 
     def drive(self) -> signal.Signals | None:
         """Run to the end, or to a signal; return the signal that stopped the run."""
@@ -431,7 +448,9 @@ class _Run:
 
     def _feed(self) -> None:
         try:
-            for bundle in self._bundles:
+            # Asking for the stream waits for its first block: not on the main thread, which must
+            # see signals.
+            for bundle in embed_graph(self._job, self._pools, self._control):
                 for entry in bundle.blocks:
                     self._blocks.put((entry.ref, entry.metadata.size_bytes or 0))
             self._blocks.put(None)
@@ -447,7 +466,7 @@ class _Run:
             if item is None:
                 return True
             if isinstance(item, BaseException):
-                raise _cause_of(item) from item
+                raise ray.get(self._control.error.remote()) or _cause_of(item) from item
             if item is not _NOTHING_YET:
                 self.loop.add(*item)
             self.loop.poll()
@@ -501,7 +520,7 @@ _NOTHING_YET = object()
 
 
 def _cause_of(error: BaseException) -> BaseException:
-    """Return our own error behind Ray's wrapping, or a run failure that names the first line."""
+    """Return our own error behind Ray's wrapping, or a run failure with the worker's trace."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, QvlError) and not isinstance(seen, RayTaskError):
@@ -509,5 +528,4 @@ def _cause_of(error: BaseException) -> BaseException:
         if isinstance(seen, KeyboardInterrupt):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return RunFailedError(f"A worker failed: {lines[-1] if lines else type(error).__name__}")
+    return RunFailedError(f"A worker failed: {error}")

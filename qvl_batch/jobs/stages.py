@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvl_batch import budget, schema
-from qvl_batch.errors import UnitError
+from qvl_batch.errors import QvlError, UnitError
 from qvl_batch.media.decoder import DecodeLimits, Decoder
 from qvl_batch.media.fetch import Fetcher, FetchLimits, FetchRequest, Source
 from qvl_batch.recipe import Recipe
@@ -196,13 +196,23 @@ def _binary_array(blobs: Sequence[npt.NDArray[np.uint8]]) -> pa.Array:
 
 
 class EmbedMedia:
-    """Frames and texts in, encoded vectors out; owns the engine."""
+    """Frames and texts in, encoded vectors out; owns the engine.
+
+    An error of ours while loading is raised at the first call: an actor that dies in its
+    constructor reaches the driver as a death, without its reason.
+    """
 
     def __init__(self, load: Callable[[], Engine]) -> None:
-        self._engine = load()
+        self._broken: QvlError | None = None
+        try:
+            self._engine = load()
+        except QvlError as error:
+            self._broken = error
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         """Return `schema.embedded` of the units, in their order."""
+        if self._broken is not None:
+            raise self._broken
         units = decoded.drop_columns(["_parts", "_failure"])
         inputs, owners, parts = _inputs_of(decoded)
         result = self._engine.embed(inputs) if inputs else None
