@@ -158,14 +158,17 @@ def _noon(day: str) -> datetime:
 
 
 def _scenes(
-    planted: tuple[Scene, ...], kinds: tuple[str, ...], total: int, rng: random.Random, seen: set
+    planted: tuple[Scene, ...],
+    kinds: tuple[str, ...],
+    total: int,
+    rng: random.Random,
+    seen: set[Scene],
 ) -> list[Scene]:
     """Return the planted scenes and random ones, all distinct, up to ``total``, shuffled.
 
     A random scene answers no demo query, so the answers are the planted ones alone. ``seen`` is
     added to: a note never tells of a scene that is also drawn.
     """
-    seen.update(planted)
     scenes = list(planted)
     while len(scenes) < total:
         scene = random_scene(rng.choice(kinds), rng)
@@ -178,7 +181,7 @@ def _scenes(
 
 
 def _drafts(scale: int, rng: random.Random) -> Iterator[_Draft]:
-    seen: set[Scene] = set(PDF_PAGES)
+    seen = {*PLANTED_PICTURES, *PLANTED_PAGES, *PLANTED_CLIPS, *PLANTED_NOTES, *PDF_PAGES}
     stills = ("single", "count", "pair")
     pictures = _scenes(PLANTED_PICTURES, stills, scale * _PICTURES, rng, seen)
     pages = _scenes(PLANTED_PAGES, ("page",), scale * _PAGES, rng, seen)
@@ -224,7 +227,7 @@ def write_corpus(folder: str | os.PathLike[str], *, seed: int = 0, scale: int = 
     """Write about 117 small media files below ``folder/media`` and their truth beside it.
 
     Files lie in ``media/dt=DAY/SORT/NUMBER.SUFFIX``; captions, broken files and the answers to
-    `DEMO_QUERIES` are in ``folder/truth.json``, which is not part of the media. Equal arguments
+    `DEMO_QUERIES` are in ``folder/_truth.json``, which is not part of the media. Equal arguments
     give equal bytes with equal encoders, and equal modification times, so that a run over a
     corpus that was written again finds nothing new. An earlier corpus in the folder is replaced.
 
@@ -239,7 +242,7 @@ def write_corpus(folder: str | os.PathLike[str], *, seed: int = 0, scale: int = 
     """
     if scale < 1:
         raise ValueError(f"scale must be 1 or more, got {scale}")
-    media_dir, truth_path = Path(folder) / "media", Path(folder) / "truth.json"
+    media_dir, truth_path = Path(folder) / "media", Path(folder) / "_truth.json"
     rng = random.Random(seed)
     drafts = list(_drafts(scale, rng))
     # The broken files stand among the others, not at the end of their folder.
@@ -259,5 +262,8 @@ def write_corpus(folder: str | os.PathLike[str], *, seed: int = 0, scale: int = 
         files.append(CorpusFile(path=path, kind=draft.kind, scenes=draft.scenes))
     files.sort(key=lambda file: file.path)
     summary = CorpusSummary(media_dir=media_dir, truth_path=truth_path, files=tuple(files))
-    truth_path.write_text(summary.to_json())
+    # Renamed into place: the next corpus reads it to know what to remove.
+    unfinished = truth_path.with_suffix(".tmp")
+    unfinished.write_text(summary.to_json())
+    unfinished.replace(truth_path)
     return summary

@@ -112,13 +112,16 @@ def test_broken_files_look_right_and_do_not_decode(corpus):
         decoded_frames(corpus.media_dir / clip)
 
 
+@pytest.fixture(scope="module", params=[0, 1])
+def seeded_corpus(request, tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), seed=request.param)
+
+
 @pytest.mark.parametrize("query", DEMO_QUERIES, ids=lambda query: query.text)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_question_has_answers_and_near_misses(query, seed, tmp_path):
-    corpus = write_corpus(tmp_path, seed=seed)
-    answers = corpus.answers(query)
+def test_every_question_has_answers_and_near_misses(query, seeded_corpus):
+    answers = seeded_corpus.answers(query)
     assert 1 <= len(answers) <= 2
-    scenes = {(f.path, i): scene for f in corpus.files for i, scene in enumerate(f.scenes)}
+    scenes = {(f.path, i): scene for f in seeded_corpus.files for i, scene in enumerate(f.scenes)}
     answer = scenes[answers[0]]
     near_misses = [
         scene
