@@ -132,6 +132,11 @@ def build_manifest(
                 kinds.complete(batch.rows)
                 parts.add(batch)
         report = parts.join(spool / "manifest.parquet", out, kinds.not_found)
+        if partition_from == PartitionRule(how="hive") and not report.partition_keys:
+            raise ManifestError(
+                f"{source} has no key=value folder to partition by.",
+                "Use another --partition-by, or none.",
+            )
         left_out.close()
         _publish(spool, out, storage, bool(left_out.counts))
         return report
@@ -189,9 +194,9 @@ class _Parts:
             self._keys[key] = None
         self._take_partition_columns(further, columns)
         for name in further.column_names:
-            if name not in columns:
-                columns[name] = further[name]
+            if name not in self._rule.columns:
                 self._further[name] = self._promoted(name, further[name].type)
+                columns.setdefault(name, further[name])
         self._refuse_collisions()
         if not rows:
             return

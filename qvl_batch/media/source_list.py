@@ -68,7 +68,9 @@ def read_list(source: str, *, storage: Storage, batch_rows: int) -> Iterator[Lis
 def _opened(source: str, storage: Storage) -> AbstractContextManager[IO[bytes]]:
     if is_local(source):
         return open(local_path(source), "rb")
-    return storage.filesystem(source).open(source, "rb", block_size=READ_BLOCK_BYTES)
+    remote = storage.filesystem(source).open(source, "rb", block_size=READ_BLOCK_BYTES)
+    # fsspec's readline takes no limit.
+    return io.BufferedReader(remote, READ_BLOCK_BYTES // 4)
 
 
 def _read_json_lines(source: str, file: IO[bytes], batch_rows: int) -> Iterator[ListBatch]:
