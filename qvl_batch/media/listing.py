@@ -14,10 +14,10 @@ import os
 import re
 import stat as modes
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from qvl_batch.errors import StorageError
+from qvl_batch.media.left_out import LeftOut
 from qvl_batch.media.objects import (
     MediaObject,
     check_scheme,
@@ -41,14 +41,6 @@ BAD_NAME = "name is not valid UTF-8"
 UNADDRESSABLE = "name holds ?versionId=, which S3 clients take for a version"
 
 _MAGIC = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """Something that the source holds and that will not be embedded."""
-
-    uri: str
-    reason: str
 
 
 def list_source(source: str, *, storage: Storage) -> Iterator[MediaObject | LeftOut]:

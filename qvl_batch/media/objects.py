@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as modes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,14 @@ from typing import Any, Literal
 
 from qvl_batch.errors import StorageError
 from qvl_batch.media.sniff import HEAD_BYTES
-from qvl_batch.storage import Storage, is_local, local_path, scheme_of
+from qvl_batch.storage import Storage, is_local, scheme_of
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # The first request of a session fails fast: a wrong endpoint is told within seconds, where the
 # client's own defaults (5 attempts of 5 s to connect and 15 s to read) would take a minute or more.
 CONNECT_TIMEOUT_S = 4
-READ_TIMEOUT_S = 10
+READ_TIMEOUT_S = 5
 _QUICK = {
     "connect_timeout": CONNECT_TIMEOUT_S,
     "read_timeout": READ_TIMEOUT_S,
@@ -221,7 +222,8 @@ class Objects:
         """
         try:
             if is_local(uri):
-                return local_object(uri, os.stat(uri))
+                stat = os.stat(uri)
+                return local_object(uri, stat) if modes.S_ISREG(stat.st_mode) else None
             filesystem = self._filesystem(uri)
             if scheme_of(uri) == "s3":
                 bucket, key = split_bucket(uri)
@@ -245,7 +247,10 @@ class Objects:
         """
         try:
             if is_local(uri):
-                with open(local_path(uri), "rb") as file:
+                # Opening a pipe would wait for a writer.
+                if not os.path.isfile(uri):
+                    return None
+                with open(uri, "rb") as file:
                     file.seek(offset)
                     return file.read(length)
             return self._filesystem(uri).cat_file(uri, start=offset, end=offset + length)

@@ -68,7 +68,9 @@ def read_list(source: str, *, storage: Storage, batch_rows: int) -> Iterator[Lis
 def _opened(source: str, storage: Storage) -> AbstractContextManager[IO[bytes]]:
     if is_local(source):
         return open(local_path(source), "rb")
-    return storage.filesystem(source).open(source, "rb", block_size=READ_BLOCK_BYTES)
+    remote = storage.filesystem(source).open(source, "rb", block_size=READ_BLOCK_BYTES)
+    # fsspec's readline takes no limit.
+    return io.BufferedReader(remote, READ_BLOCK_BYTES // 4)
 
 
 def _read_json_lines(source: str, file: IO[bytes], batch_rows: int) -> Iterator[ListBatch]:
@@ -120,7 +122,7 @@ def _from_records(source: str, records: list[dict[str, Any]], places: list[str])
                 f"{source}: the column {name!r} mixes types: {seen or error}.",
                 "Give every row the same type.",
             ) from None
-    table = pa.table(columns) if columns else _no_columns(len(records))
+    table = pa.table(columns) if columns else no_columns(len(records))
     return ListBatch(_checked(source, records, places, False), places, table)
 
 
@@ -169,7 +171,7 @@ def _from_csv(
         for name in header
         if name not in MANIFEST.names
     }
-    table = pa.table(further) if further else _no_columns(len(rows))
+    table = pa.table(further) if further else no_columns(len(rows))
     return ListBatch(_checked(source, rows, places, True), places, table)
 
 
@@ -193,7 +195,7 @@ def _read_parquet(source: str, file: IO[bytes], batch_rows: int) -> Iterator[Lis
             records = table.select(own).to_pylist()
             places = [f"row {done + at + 1}" for at in range(len(records))]
             done += len(records)
-            rest = table.select(further) if further else _no_columns(len(records))
+            rest = table.select(further) if further else no_columns(len(records))
             yield ListBatch(_checked(source, records, places, False), places, rest)
     except pa.ArrowException as error:
         detail = " ".join(str(error).split())[:200]
@@ -202,7 +204,7 @@ def _read_parquet(source: str, file: IO[bytes], batch_rows: int) -> Iterator[Lis
         ) from None
 
 
-def _no_columns(num_rows: int) -> pa.Table:
+def no_columns(num_rows: int) -> pa.Table:
     """Return a table that has rows and no columns."""
     return pa.table({"_": pa.nulls(num_rows)}).select([])
 
