@@ -1,0 +1,427 @@
+"""Bytes of a unit, and proof that they are those which the manifest lists.
+
+One GET per object. What is checked is what was read: the etag of the very response, or `fstat` of
+the very file, so nothing can change between the check and the read. Retries are bounded; every way
+to fail has its own `UnitError`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import io
+import os
+import random
+import re
+import stat
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from qvl_batch.errors import (
+    AccessDeniedError,
+    ChangedMediaError,
+    EmptyMediaError,
+    FetchError,
+    LimitExceededError,
+    MissingMediaError,
+    UnitError,
+)
+from qvl_batch.media.object_store import (
+    ObjectChangedError,
+    ObjectRead,
+    TransientReadError,
+    read_object,
+)
+from qvl_batch.storage import OBJECT_SCHEMES, is_local, local_path, scheme_of
+
+if TYPE_CHECKING:
+    from qvl_batch.storage import Storage
+
+MIB = 1 << 20
+GIB = 1 << 30
+_CHUNK_BYTES = MIB
+_BACKOFF_S = (0.5, 20.0)
+_USER_INFORMATION = re.compile(r"://[^/?@]*@")
+_SIGNATURE = re.compile(r"[?&][^=&]*(sig|token|key|credential|password)[^=&]*=", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchLimits:
+    """Bounds of one fetcher.
+
+    Args:
+        max_object_bytes: A larger object is a failure.
+        max_memory_bytes: A larger object goes to a temporary file.
+        max_ahead_bytes: What `fetch_all` may hold that nobody has taken yet.
+        timeout_s: Wall time of one attempt.
+        attempts: Tries per object on errors that may pass.
+        threads: Objects read at the same time.
+    """
+
+    max_object_bytes: int = 4 * GIB
+    max_memory_bytes: int = 64 * MIB
+    max_ahead_bytes: int = 256 * MIB
+    timeout_s: float = 120.0
+    attempts: int = 4
+    threads: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchRequest:
+    """What the manifest says of one object; None is not checked."""
+
+    uri: str
+    etag: str | None = None
+    size_bytes: int | None = None
+    byte_offset: int | None = None
+    byte_length: int | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.byte_offset is None and self.byte_length is None
+
+
+class Source:
+    """Bytes that a decoder opens: `data` in memory, or else the file at `path`.
+
+    Close it (or leave its `with` block) to delete a temporary file.
+
+    Args:
+        uri: Where the bytes came from, for messages.
+        size_bytes: How many there are.
+        data: The bytes, or None if they lie at `path`.
+        path: A local file.
+        temporary: Whether `path` is deleted on close.
+        live_etag: `local_etag` that a file which is not ours must still have after decoding.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        size_bytes: int,
+        *,
+        data: bytes | None = None,
+        path: str | None = None,
+        temporary: bool = False,
+        live_etag: str | None = None,
+    ) -> None:
+        if (data is None) == (path is None):
+            raise ValueError("a source has either data or a path")
+        self.uri, self.size_bytes = uri, size_bytes
+        self.data, self.path = data, path
+        self._temporary, self._live_etag = temporary, live_etag
+
+    def open(self) -> BinaryIO:
+        """Return a seekable binary file of the bytes; the caller closes it."""
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        try:
+            return open(self.path, "rb")
+        except OSError as error:
+            raise ChangedMediaError(self.uri, f"can not be read any more: {error}") from None
+
+    def head(self, num_bytes: int) -> bytes:
+        """Return the first bytes."""
+        if self.data is not None:
+            return self.data[:num_bytes]
+        with self.open() as file:
+            return file.read(num_bytes)
+
+    def check_unchanged(self) -> None:
+        """Raise `ChangedMediaError` if a local file was changed since it was fetched."""
+        if self._live_etag is not None:
+            try:
+                now = local_etag(os.stat(self.path))
+            except OSError as error:
+                raise ChangedMediaError(self.uri, f"can not be read any more: {error}") from None
+            if now != self._live_etag:
+                raise ChangedMediaError(
+                    self.uri, f"changed while it was read (etag {self._live_etag}, now {now})"
+                )
+
+    def close(self) -> None:
+        """Release the memory and delete the temporary file. May be called again."""
+        self.data = None if self.path is not None else b""
+        if self._temporary:
+            self._temporary = False
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def local_etag(status: os.stat_result) -> str:
+    """Return ``{size}-{mtime_ns}``, the etag of a local file."""
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def printable_uri(uri: str) -> str:
+    """Return the uri without credentials: no user information, no signature in a query."""
+    if is_local(uri):
+        return uri
+    uri = _USER_INFORMATION.sub("://", uri)
+    return uri.partition("?")[0] if _SIGNATURE.search(uri) else uri
+
+
+class Fetcher:
+    """Reads the objects of a manifest.
+
+    Args:
+        storage: How object stores are reached.
+        limits: Sizes, times and threads.
+    """
+
+    def __init__(self, storage: Storage, limits: FetchLimits | None = None) -> None:
+        self._storage = storage
+        self._limits = limits or FetchLimits()
+
+    def fetch(
+        self,
+        uri: str,
+        *,
+        etag: str | None = None,
+        size_bytes: int | None = None,
+        byte_offset: int | None = None,
+        byte_length: int | None = None,
+    ) -> Source:
+        """Read one object, or a range of it, and check that it is the listed one.
+
+        ``size_bytes`` is that of the whole object. A byte range is read as it is, its etag being
+        that of the whole object.
+
+        Raises:
+            MissingMediaError, AccessDeniedError, ChangedMediaError, EmptyMediaError,
+            LimitExceededError: These stay.
+            FetchError: May pass; raised after `FetchLimits.attempts` tries.
+            StorageError: If the package for the uri's scheme is not installed.
+        """
+        request = FetchRequest(
+            uri=uri,
+            etag=etag.strip('"') if etag else None,
+            size_bytes=size_bytes,
+            byte_offset=byte_offset,
+            byte_length=byte_length,
+        )
+        shown = printable_uri(uri)
+        self._check_request(request, shown)
+        read = self._read_local if is_local(uri) else self._read_remote
+        for attempt in range(1, self._limits.attempts + 1):
+            try:
+                return read(request, shown)
+            except TransientReadError as error:
+                if attempt == self._limits.attempts:
+                    raise FetchError(shown, f"{error} ({attempt} attempts)") from None
+                first_s, most_s = _BACKOFF_S
+                # Full jitter: workers that were throttled together must not come back together.
+                time.sleep(random.uniform(0, min(most_s, first_s * 2**attempt)))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def fetch_all(self, requests: Iterable[FetchRequest]) -> Iterator[Source | UnitError]:
+        """Yield one source or error per request, in order, reading ahead with threads.
+
+        At most ``2 x threads`` objects and `max_ahead_bytes` (but always one object) are read or
+        held ahead. The caller closes every source; those not taken are closed here.
+        """
+        limits = self._limits
+        ahead: deque[tuple[concurrent.futures.Future[Source | UnitError], int]] = deque()
+        ahead_bytes = 0
+        pending = iter(requests)
+        upcoming = next(pending, None)
+        pool = concurrent.futures.ThreadPoolExecutor(limits.threads, thread_name_prefix="fetch")
+        try:
+            while ahead or upcoming is not None:
+                while upcoming is not None and len(ahead) < 2 * limits.threads:
+                    weight = self._weight(upcoming)
+                    if ahead and ahead_bytes + weight > limits.max_ahead_bytes:
+                        break
+                    ahead.append((pool.submit(self._fetch_or_error, upcoming), weight))
+                    ahead_bytes += weight
+                    upcoming = next(pending, None)
+                future, weight = ahead.popleft()
+                ahead_bytes -= weight
+                yield future.result()
+        finally:
+            for future, _ in ahead:
+                future.cancel()
+            pool.shutdown(wait=True)
+            for future, _ in ahead:
+                if not future.cancelled() and future.exception() is None:
+                    result = future.result()
+                    if isinstance(result, Source):
+                        result.close()
+
+    def _fetch_or_error(self, request: FetchRequest) -> Source | UnitError:
+        try:
+            return self.fetch(
+                request.uri,
+                etag=request.etag,
+                size_bytes=request.size_bytes,
+                byte_offset=request.byte_offset,
+                byte_length=request.byte_length,
+            )
+        except UnitError as error:
+            return error
+
+    def _weight(self, request: FetchRequest) -> int:
+        size = request.byte_length or request.size_bytes
+        if size is None:
+            return self._limits.max_memory_bytes
+        return min(size, self._limits.max_ahead_bytes)
+
+    def _check_request(self, request: FetchRequest, shown: str) -> None:
+        scheme = scheme_of(request.uri)
+        if scheme != "file" and scheme not in OBJECT_SCHEMES:
+            # Never opened: a manifest could otherwise make workers call any internal address.
+            raise AccessDeniedError(
+                shown, f"{scheme}:// is not read: use a local path or an object store"
+            )
+        offset, length = request.byte_offset, request.byte_length
+        if (offset is not None and offset < 0) or (length is not None and length < 0):
+            raise LimitExceededError(shown, f"byte range {offset}+{length} is negative")
+        if length == 0:
+            raise EmptyMediaError(shown, "the byte range has 0 bytes")
+        self._check_size(shown, (request.size_bytes if request.is_whole else length) or 0)
+
+    def _check_size(self, shown: str, size_bytes: int) -> None:
+        if size_bytes > self._limits.max_object_bytes:
+            raise LimitExceededError(
+                shown, f"{size_bytes} bytes, the limit is {self._limits.max_object_bytes}"
+            )
+
+    def _check_identity(
+        self, request: FetchRequest, shown: str, etag: str | None, object_bytes: int | None
+    ) -> None:
+        if request.etag and etag and etag != request.etag:
+            raise ChangedMediaError(shown, f"etag is {etag}, the manifest lists {request.etag}")
+        known = None not in (request.size_bytes, object_bytes)
+        if known and request.is_whole and request.size_bytes != object_bytes:
+            raise ChangedMediaError(
+                shown, f"{object_bytes} bytes, the manifest lists {request.size_bytes}"
+            )
+
+    def _read_remote(self, request: FetchRequest, shown: str) -> Source:
+        def admit(etag: str | None, object_bytes: int | None, body_bytes: int) -> None:
+            self._check_identity(request, shown, etag, object_bytes)
+            self._check_size(shown, body_bytes)
+
+        filesystem = self._storage.filesystem(request.uri)
+        reader = ObjectRead(
+            offset=request.byte_offset or 0, length=request.byte_length, admit=admit
+        )
+        with _Spool(shown, self._limits) as spool:
+            try:
+                read_object(filesystem, request.uri, reader, spool.write, self._limits.timeout_s)
+            except FileNotFoundError:
+                raise MissingMediaError(shown, "no such object or bucket") from None
+            except PermissionError as error:
+                raise AccessDeniedError(shown, f"access denied: {error}") from None
+            except ObjectChangedError as error:
+                raise ChangedMediaError(shown, str(error)) from None
+            return spool.source(request.byte_length)
+
+    def _read_local(self, request: FetchRequest, shown: str) -> Source:
+        path = local_path(request.uri)
+        try:
+            descriptor = _open_regular(path, shown)
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingMediaError(shown, "no such file") from None
+        except PermissionError:
+            raise AccessDeniedError(shown, "the file may not be read") from None
+        except (OSError, ValueError) as error:
+            raise TransientReadError(f"{type(error).__name__}: {error}") from None
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            etag = local_etag(status)
+            self._check_identity(request, shown, etag, status.st_size)
+            if request.is_whole:
+                self._check_size(shown, status.st_size)
+            if request.is_whole and status.st_size > self._limits.max_memory_bytes:
+                return Source(shown, status.st_size, path=path, live_etag=etag)
+            with _Spool(shown, self._limits) as spool:
+                try:
+                    file.seek(request.byte_offset or 0)
+                    left = status.st_size if request.byte_length is None else request.byte_length
+                    while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                        spool.write(chunk)
+                        left -= len(chunk)
+                except OSError as error:
+                    raise TransientReadError(f"{type(error).__name__}: {error}") from None
+                now = local_etag(os.fstat(descriptor))
+                if now != etag:
+                    raise ChangedMediaError(shown, f"changed while it was read ({etag}, now {now})")
+                return spool.source(request.byte_length)
+
+
+def _open_regular(path: str, shown: str) -> int:
+    """Open a regular file; anything else is refused without waiting for it.
+
+    O_NONBLOCK keeps the open of a FIFO, put there after the first look, from hanging.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise AccessDeniedError(shown, "not a regular file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AccessDeniedError(shown, "not a regular file")
+    return descriptor
+
+
+class _Spool:
+    """Takes chunks into memory, and into a temporary file once they are too many."""
+
+    def __init__(self, shown: str, limits: FetchLimits) -> None:
+        self._shown, self._limits = shown, limits
+        self._memory = bytearray()
+        self._file: BinaryIO | None = None
+        self._size = 0
+        self._kept = False
+
+    def write(self, chunk: bytes) -> None:
+        self._size += len(chunk)
+        if self._size > self._limits.max_object_bytes:
+            raise LimitExceededError(
+                self._shown, f"more than {self._limits.max_object_bytes} bytes, which is the limit"
+            )
+        if self._file is None and self._size > self._limits.max_memory_bytes:
+            self._file = tempfile.NamedTemporaryFile(prefix="qvl-media-", delete=False)  # noqa: SIM115
+            self._file.write(self._memory)
+            self._memory = bytearray()
+        if self._file is not None:
+            self._file.write(chunk)
+        else:
+            self._memory += chunk
+
+    def source(self, wanted_bytes: int | None) -> Source:
+        """Return what was written; it is checked not to be empty nor shorter than wanted."""
+        if wanted_bytes is not None and self._size < wanted_bytes:
+            raise ChangedMediaError(
+                self._shown, f"the byte range has {self._size} bytes, {wanted_bytes} were listed"
+            )
+        if not self._size:
+            raise EmptyMediaError(self._shown, "0 bytes")
+        if self._file is None:
+            return Source(self._shown, self._size, data=bytes(self._memory))
+        self._file.close()
+        self._kept = True
+        return Source(self._shown, self._size, path=self._file.name, temporary=True)
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None and not self._kept:
+            self._file.close()
+            os.unlink(self._file.name)
