@@ -252,9 +252,7 @@ def _unit_name(index: int, units: Sequence[object]) -> str:
     return f" [{index}]" if len(units) > 1 else ""
 
 
-def _excuse(
-    unit: GoldenUnit, tokenizer: PromptTokenizer, media: GoldenMedia
-) -> tuple[str, str]:
+def _excuse(unit: GoldenUnit, tokenizer: PromptTokenizer, media: GoldenMedia) -> tuple[str, str]:
     """Return why ours may differ on purpose: (by its text, by its images), empty if it may not."""
     literal = next(
         (

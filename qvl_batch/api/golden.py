@@ -168,7 +168,7 @@ def read_golden(folder: Path) -> tuple[dict[str, Any], list[GoldenCase]]:
                     arrays.setdefault(owner, {})[key[len(owner) + 1 :]] = stored[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder} is not a readable folder of golden outputs: {type(error).__name__}: {error}.",
+            f"{folder} can not be read as golden outputs: {type(error).__name__}: {error}.",
             "Check golden.json and golden.npz.",
         ) from None
     about = {key: value for key, value in stated.items() if key != "cases"}

@@ -119,9 +119,7 @@ class GoldenMedia:
         """Return the budget of all frames of a file: the documented one if need be, else None."""
         plans = [self._video_plan(path, unit, None) for path in files]
         plans += [PartPlan(0, (0,), v.pixels.shape[2], v.pixels.shape[1]) for v in images]
-        tokens = self._tokenizer.count(
-            texts=unit.texts, instruction=unit.instruction, plans=plans
-        )
+        tokens = self._tokenizer.count(texts=unit.texts, instruction=unit.instruction, plans=plans)
         if not files or tokens <= self._tokenizer.max_tokens:
             return None
         self.used_documented_total = True
@@ -131,15 +129,13 @@ class GoldenMedia:
         with self._fetch(path) as source:
             return self._plan(source, path, unit, total_px)
 
-    def _plan(
-        self, source: Source, path: str, unit: GoldenUnit, total_px: int | None
-    ) -> PartPlan:
+    def _plan(self, source: Source, path: str, unit: GoldenUnit, total_px: int | None) -> PartPlan:
         header = self._decoder.open(source, "video")
         budget = VideoBudget() if total_px is None else VideoBudget(total_px=total_px)
         try:
-            return plan_video(
-                header, budget, _NO_LIMIT, fps=unit.fps, max_frames=unit.max_frames
-            )[0]
+            return plan_video(header, budget, _NO_LIMIT, fps=unit.fps, max_frames=unit.max_frames)[
+                0
+            ]
         except SizeError as error:
             raise CorruptMediaError(path, str(error)) from None
 
