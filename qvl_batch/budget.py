@@ -32,8 +32,10 @@ class SizeError(ValueError):
     """No size within the budget exists for these sides."""
 
 
-def smart_resize(height_px: int, width_px: int, min_px: int, max_px: int) -> tuple[int, int]:
-    """Return the (height, width) to resize to: multiples of 32 within the pixel budget.
+def smart_resize(
+    height_px: int, width_px: int, min_px: int, max_px: int, factor_px: int = FACTOR_PX
+) -> tuple[int, int]:
+    """Return the (height, width) to resize to: multiples of the factor within the pixel budget.
 
     Source: ``smart_resize`` of qwen-vl-utils 0.0.14, with Python's rounding half to even.
 
@@ -45,18 +47,18 @@ def smart_resize(height_px: int, width_px: int, min_px: int, max_px: int) -> tup
         raise SizeError(f"size {width_px}x{height_px} has no pixel")
     if max(height_px, width_px) / min(height_px, width_px) > MAX_RATIO:
         raise SizeError(f"aspect ratio of {width_px}x{height_px} is above {MAX_RATIO}")
-    height = max(FACTOR_PX, round(height_px / FACTOR_PX) * FACTOR_PX)
-    width = max(FACTOR_PX, round(width_px / FACTOR_PX) * FACTOR_PX)
+    height = max(factor_px, round(height_px / factor_px) * factor_px)
+    width = max(factor_px, round(width_px / factor_px) * factor_px)
     if height * width > max_px:
         beta = math.sqrt((height_px * width_px) / max_px)
-        height = math.floor(height_px / beta / FACTOR_PX) * FACTOR_PX
-        width = math.floor(width_px / beta / FACTOR_PX) * FACTOR_PX
+        height = math.floor(height_px / beta / factor_px) * factor_px
+        width = math.floor(width_px / beta / factor_px) * factor_px
     elif height * width < min_px:
         beta = math.sqrt(min_px / (height_px * width_px))
-        height = math.ceil(height_px * beta / FACTOR_PX) * FACTOR_PX
-        width = math.ceil(width_px * beta / FACTOR_PX) * FACTOR_PX
-    if min(height, width) < FACTOR_PX:
-        raise SizeError(f"{width_px}x{height_px} within {max_px} px leaves no {FACTOR_PX}-px patch")
+        height = math.ceil(height_px * beta / factor_px) * factor_px
+        width = math.ceil(width_px * beta / factor_px) * factor_px
+    if min(height, width) < factor_px:
+        raise SizeError(f"{width_px}x{height_px} within {max_px} px leaves no {factor_px}-px patch")
     return height, width
 
 
@@ -82,6 +84,8 @@ def choose_frames(
     most = max_frames // FRAME_FACTOR * FRAME_FACTOR
     wanted = min(max(num_frames / source_fps * fps, MIN_FRAMES), most, num_frames)
     n = int(wanted) // FRAME_FACTOR * FRAME_FACTOR
+    if n < FRAME_FACTOR:
+        raise SizeError(f"at most {max_frames} frame(s); a video needs at least {FRAME_FACTOR}")
     return tuple(int(i) for i in np.linspace(0, num_frames - 1, n).round())
 
 

@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol
 
-from qvl_batch.errors import UnitError
+from qvl_batch.errors import ChangedMediaError, UnitError
 from qvl_batch.media.wire import header_to_json, pack, plan_from_json, read_message
 from qvl_batch.units import Header
 
@@ -105,7 +105,10 @@ class Child:
     def _do_open(self, request: dict[str, Any], payload: bytes) -> None:
         self._close()
         path = request.get("path")
-        self._file = open(path, "rb") if path else io.BytesIO(payload)  # noqa: SIM115
+        try:
+            self._file = open(path, "rb") if path else io.BytesIO(payload)  # noqa: SIM115
+        except OSError as error:
+            raise ChangedMediaError("", f"can not be read any more: {error.strerror}") from None
         self._medium = open_medium(request["kind"], self._file, request)
         self._answer({"type": "header", "header": header_to_json(self._medium.header)})
 

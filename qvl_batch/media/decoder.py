@@ -36,7 +36,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 _MEDIUM_ERRORS: Mapping[str, type[UnitError]] = {
     error.__name__: error
-    for error in (errors.CorruptMediaError, errors.LimitExceededError, errors.EmptyMediaError)
+    for error in (errors.CorruptMediaError, errors.LimitExceededError, errors.ChangedMediaError)
 }
 
 
@@ -114,7 +114,8 @@ class Decoder:
             self._source, self._kind = source, "text"
             return Header(kind="text")
         if found is None:
-            raise CorruptMediaError(source.uri, f"the first bytes are of no {kind} format known")
+            wanted = " or ".join(allowed)
+            raise CorruptMediaError(source.uri, f"the first bytes are of no {wanted} format known")
         child = self._running_child(found.kind)
         request = {
             "op": "open",

@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import stat
 import tempfile
 import time
@@ -19,7 +20,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
-from urllib.parse import urlsplit
 
 from qvl_batch.errors import (
     AccessDeniedError,
@@ -45,6 +45,8 @@ MIB = 1 << 20
 GIB = 1 << 30
 _CHUNK_BYTES = MIB
 _BACKOFF_S = (0.5, 20.0)
+_USER_INFORMATION = re.compile(r"://[^/?@]*@")
+_SIGNATURE = re.compile(r"[?&][^=&]*(sig|token|key|credential|password)[^=&]*=", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,12 @@ class Source:
 
     def open(self) -> BinaryIO:
         """Return a seekable binary file of the bytes; the caller closes it."""
-        return io.BytesIO(self.data) if self.data is not None else open(self.path, "rb")
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        try:
+            return open(self.path, "rb")
+        except OSError as error:
+            raise ChangedMediaError(self.uri, f"can not be read any more: {error}") from None
 
     def head(self, num_bytes: int) -> bytes:
         """Return the first bytes."""
@@ -132,7 +139,10 @@ class Source:
     def check_unchanged(self) -> None:
         """Raise `ChangedMediaError` if a local file was changed since it was fetched."""
         if self._live_etag is not None:
-            now = local_etag(os.stat(self.path))
+            try:
+                now = local_etag(os.stat(self.path))
+            except OSError as error:
+                raise ChangedMediaError(self.uri, f"can not be read any more: {error}") from None
             if now != self._live_etag:
                 raise ChangedMediaError(
                     self.uri, f"changed while it was read (etag {self._live_etag}, now {now})"
@@ -159,14 +169,11 @@ def local_etag(status: os.stat_result) -> str:
 
 
 def printable_uri(uri: str) -> str:
-    """Return the uri without credentials: no user information, no signed query."""
-    if "://" not in uri or is_local(uri):
+    """Return the uri without credentials: no user information, no signature in a query."""
+    if is_local(uri):
         return uri
-    parts = urlsplit(uri)
-    signed = "=" in parts.query
-    return parts._replace(
-        netloc=parts.netloc.rpartition("@")[2], query="" if signed else parts.query
-    ).geturl()
+    uri = _USER_INFORMATION.sub("://", uri)
+    return uri.partition("?")[0] if _SIGNATURE.search(uri) else uri
 
 
 class Fetcher:

@@ -51,12 +51,9 @@ class ObjectRead:
 
 
 def etag_of(info: Mapping[str, Any]) -> str | None:
-    """Return the etag in an fsspec ``info`` or listing entry of any store, without quotes."""
-    for key in ("ETag", "etag", "md5Hash", "content_md5"):
-        value = info.get(key)
-        if value:
-            return str(value).strip('"')
-    return None
+    """Return the etag in a response or an fsspec ``info`` of any store, without quotes."""
+    etag = info.get("ETag") or info.get("etag")
+    return str(etag).strip('"') if etag else None
 
 
 def read_object(
@@ -117,12 +114,13 @@ async def _get_s3(
     wanted: ObjectRead,
     write: Callable[[bytes], None],
 ) -> None:
-    bucket, key, version = filesystem.split_path(uri)
+    # The key is taken as it stands, as it was listed: no escapes, no query.
+    bucket, _, key = uri.partition("://")[2].partition("/")
     if not key:
         raise FileNotFoundError(uri)
     await filesystem.set_session()
     client = await filesystem.get_s3(bucket)
-    options = {"VersionId": version} if version else {}
+    options = {}
     if not wanted.is_whole:
         last = "" if wanted.length is None else wanted.offset + wanted.length - 1
         options["Range"] = f"bytes={wanted.offset}-{last}"

@@ -29,9 +29,9 @@ OPEN_OPTIONS = {
     "protocol_whitelist": "none",
 }
 _BUFFER_BYTES = 1 << 18
-# What PyAV raises on malformed input: FFmpeg's errors, and Python's own for values that no frame,
-# rate or time may have.
-_LIBRARY_ERRORS = (av.error.FFmpegError, ValueError, ArithmeticError)
+# What PyAV raises on malformed input: FFmpeg's errors, Python's own for values that no frame,
+# rate or time may have, and those of reading the file.
+_LIBRARY_ERRORS = (av.error.FFmpegError, OSError, ValueError, ArithmeticError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,12 @@ class Packet:
     """One coded picture, in decoding order."""
 
     pts: int | None
+    dts: int | None
     is_key: bool
     # An edit list hides pictures that others still refer to.
     is_shown: bool = True
+    # Its bytes are incomplete: where the file ends early, or a transport stream lost some.
+    is_damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +191,9 @@ class VideoMedium:
         for packet in self._container.demux(self._stream):
             if packet.size and (packets or packet.is_keyframe):
                 shown = not packet.is_discard
-                packets.append(Packet(packet.pts, packet.is_keyframe, shown))
+                packets.append(
+                    Packet(packet.pts, packet.dts, packet.is_keyframe, shown, packet.is_corrupt)
+                )
             if first_frame is None and (packets or not packet.size):
                 try:
                     first_frame = next(iter(packet.decode()), None)
@@ -197,10 +202,19 @@ class VideoMedium:
                     failure = _reason(error)
         if first_frame is None:
             raise CorruptMediaError(self._uri, f"no frame can be decoded: {failure}")
+        while packets and packets[-1].is_damaged:
+            # The file is cut: what is there of it counts.
+            packets.pop()
         return packets, first_frame
 
     def _numbered(self) -> bool:
-        """Whether frames can only be told by their order: a pts is missing or stands twice."""
+        """Whether frames can only be told by their order.
+
+        That is so where a pts is missing or stands twice, and in AVI, which stores none: what
+        FFmpeg states there are decoding times.
+        """
+        if self._container.format.name == "avi":
+            return True
         pts = [packet.pts for packet in self._packets]
         return None in pts or len(set(pts)) < len(pts)
 
@@ -257,8 +271,13 @@ class VideoMedium:
         """
         context = self._stream.codec_context
         for run in plan_runs(self._packets, wanted):
-            key_pts = self._packets[run.first].pts
-            self._container.seek(key_pts, stream=self._stream, backward=True)
+            key = self._packets[run.first]
+            key_pts = key.pts
+            # FFmpeg's index of a transport stream goes by dts, that of the others by pts.
+            by_dts = self._container.format.name == "mpegts" and key.dts is not None
+            self._container.seek(
+                key.dts - 1 if by_dts else key_pts, stream=self._stream, backward=True
+            )
             left, fed = set(run.wanted), -1
             for packet in self._container.demux(self._stream):
                 if fed < 0:
@@ -295,13 +314,16 @@ class VideoMedium:
         raise CorruptMediaError(self._uri, f"frame {index} of {len(self._pts)} is missing")
 
     def _sequential(self) -> Iterator[av.VideoFrame]:
-        """Yield all frames in presentation order, from a fresh start."""
+        """Yield all frames of the listed packets in presentation order, from a fresh start."""
         self._open()
-        started = False
+        fed = 0
         for packet in self._container.demux(self._stream):
-            started = started or packet.is_keyframe or not packet.size
-            if started:
+            if not packet.size or fed == len(self._packets):
+                break
+            if fed or packet.is_keyframe:
                 yield from packet.decode()
+                fed += 1
+        yield from self._stream.codec_context.decode(None)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:

@@ -185,6 +185,11 @@ class PromptTokenizer:
         self.max_tokens = max_tokens
         self.nested = token_layout == "nested"
         self.special = {name: self._token_id(name) for name in _SPECIAL}
+        self.special_tokens = tuple(
+            token.content
+            for token in self._tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        )
         self._check_config(Path(folder))
         plain = self._tokenizer.encode("hi", add_special_tokens=False).ids
         whole = self._tokenizer.encode("hi", add_special_tokens=True).ids

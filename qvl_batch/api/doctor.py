@@ -1,0 +1,434 @@
+"""``qvl-batch doctor``: does this stack give what the official code gives?
+
+Every case of a golden folder is decoded, tokenised and run through our own path and compared with
+what the official classes put out. A case ends as
+
+* ``equal``: ids, grids and pixels bit for bit, vectors or scores within float32 noise;
+* ``documented difference``: ours differs on purpose, and what differs is in the input: literal
+  special tokens in a text (ours: text), or transparency of palette images (depends on the version
+  of transformers that made the goldens);
+* ``official failed``: the official code gave nothing usable; ours gives a vector or a reason;
+* ``different``: anything else. Then the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qvl_batch.api.golden import (
+    GoldenCase,
+    GoldenUnit,
+    read_golden,
+    uses_nested_layout,
+)
+from qvl_batch.errors import InputError, UnitError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qvl_batch.api.golden_media import GoldenMedia
+    from qvl_batch.model.engine import EmbedEngine
+    from qvl_batch.model.prompt import PromptTokenizer
+    from qvl_batch.model.rerank import RerankEngine
+    from qvl_batch.units import EmbedInput, Vision
+
+EQUAL = "equal"
+DOCUMENTED = "documented difference"
+OFFICIAL_FAILED = "official failed"
+DIFFERENT = "different"
+MIN_COSINE = 0.99999
+MAX_ABS_DIFF = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """How one case ended; ``ids``, ``grid`` and ``pixels`` are equal, different or "-"."""
+
+    case: str
+    status: str
+    ids: str = "-"
+    grid: str = "-"
+    pixels: str = "-"
+    cosine: float | None = None
+    max_abs_diff: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class _Findings:
+    """What comparing one case found, aspect by aspect."""
+
+    checks: dict[str, bool] = field(default_factory=dict)
+    cosines: list[float] = field(default_factory=list)
+    diffs: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, aspect: str, equal: bool, what: str, excuse: str = "") -> None:
+        self.checks[aspect] = self.checks.get(aspect, True) and equal
+        if not equal:
+            (self.allowed if excuse else self.wrong).append(excuse or what)
+
+    def result(self, case: str, official_failed: str = "") -> CaseResult:
+        notes = list(dict.fromkeys(self.notes))
+        if self.wrong:
+            status, reasons = DIFFERENT, self.wrong
+        elif official_failed:
+            status, reasons = OFFICIAL_FAILED, [f"official: {official_failed}", *notes]
+        elif self.allowed:
+            status, reasons = DOCUMENTED, self.allowed
+        elif not self.checks:
+            status, reasons = DIFFERENT, ["the folder holds nothing to compare with", *notes]
+        else:
+            status, reasons = EQUAL, notes
+        words = {True: "equal", False: "different", None: "-"}
+        return CaseResult(
+            case=case,
+            status=status,
+            ids=words[self.checks.get("ids")],
+            grid=words[self.checks.get("grid")],
+            pixels=words[self.checks.get("pixels")],
+            cosine=min(self.cosines, default=None),
+            max_abs_diff=max(self.diffs, default=None),
+            reason="; ".join(dict.fromkeys(reasons)),
+        )
+
+
+def run_doctor(model: Path, golden: Path, reranker: Path | None = None) -> list[CaseResult]:
+    """Compare our path with a golden folder, in float32, case by case in its order.
+
+    Reranking cases are left out without a reranker.
+
+    Raises:
+        InputError: If the golden folder or a checkpoint can not be used.
+    """
+    from qvl_batch.api.golden_media import GoldenMedia
+    from qvl_batch.model.engine import EmbedEngine
+    from qvl_batch.model.rerank import RerankEngine
+
+    _, cases = read_golden(golden)
+    layout = "nested" if uses_nested_layout(cases) else "unnested"
+    embedder = EmbedEngine(model, dtype="float32", token_layout=layout)
+    ranker = (
+        RerankEngine(reranker, dtype="float32", token_layout=layout)
+        if reranker is not None and any(case.is_rerank for case in cases)
+        else None
+    )
+    results = []
+    with GoldenMedia(golden, embedder.tokenizer) as media:
+        for case in cases:
+            if not case.is_rerank:
+                results.append(_embedding_case(case, embedder, media))
+            elif ranker is not None:
+                results.append(_rerank_case(case, ranker, media))
+    return results
+
+
+def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -> CaseResult:
+    units = case.units()
+    findings = _Findings()
+    inputs = _decode(units, media, findings)
+    usable = [i for i, unit in enumerate(inputs) if not isinstance(unit, UnitError)]
+    embedded = engine.embed([inputs[i] for i in usable])
+    vectors = dict(zip(usable, embedded.columns["vector"], strict=True))
+    for place, error in embedded.failures.items():
+        inputs[usable[place]] = error
+        vectors.pop(usable[place])
+    failed = case.official_failure()
+    if failed:
+        for i in range(len(units)):
+            error = inputs[i]
+            findings.notes.append(
+                f"ours{_unit_name(i, units)}: {type(error).__name__}: {error.reason}"
+                if isinstance(error, UnitError)
+                else f"ours{_unit_name(i, units)}: a vector"
+            )
+        return findings.result(case.name, failed)
+    broken = [(i, unit) for i, unit in enumerate(inputs) if isinstance(unit, UnitError)]
+    for i, error in broken:
+        findings.wrong.append(
+            f"ours{_unit_name(i, units)}: {type(error).__name__}: {error.reason}, where the "
+            "official code gives a vector"
+        )
+    if broken:
+        return findings.result(case.name)
+    excuses = [_excuse(unit, engine.tokenizer, media) for unit in units]
+    prompts = [engine.tokenizer.encode(unit).ids for unit in inputs]
+    _compare_ids(case, prompts, [text for text, _ in excuses], findings)
+    _compare_visions(case.arrays, case.entry, inputs, [any(e) for e in excuses], findings)
+    _compare_vectors(case, vectors, [text or image for text, image in excuses], findings)
+    return findings.result(case.name)
+
+
+def _rerank_case(case: GoldenCase, engine: RerankEngine, media: GoldenMedia) -> CaseResult:
+    query_unit, units, instruction = case.pair_units()
+    findings = _Findings()
+    query, *documents = _decode([query_unit, *units], media, findings)
+    stored = case.arrays.get("scores")
+    expected = list(stored if stored is not None else case.entry.get("scores") or [])
+    scores: list[Any] = [query] * len(documents)
+    if not isinstance(query, UnitError):
+        usable = [i for i, unit in enumerate(documents) if not isinstance(unit, UnitError)]
+        scores = list(documents)
+        found = engine.score(query, [documents[i] for i in usable], instruction=instruction)
+        for i, score in zip(usable, found, strict=True):
+            scores[i] = score
+    failures = []
+    details = case.entry.get("docs") or []
+    shared = _excuse(query_unit, engine.tokenizer, media)
+    for i, score in enumerate(scores):
+        failed = case.official_pair_failure(i, len(expected))
+        name = _unit_name(i, units)
+        if failed:
+            failures.append(failed)
+            findings.notes.append(
+                f"ours{name}: {type(score).__name__}: {score.reason}"
+                if isinstance(score, UnitError)
+                else f"ours{name}: score {score:.6g}"
+            )
+            continue
+        if isinstance(score, UnitError):
+            findings.wrong.append(
+                f"ours{name}: {type(score).__name__}: {score.reason}, where the official code "
+                "gives a score"
+            )
+            continue
+        own = _excuse(units[i], engine.tokenizer, media)
+        excuse = shared[0] or own[0] or shared[1] or own[1]
+        prompt = engine.tokenizer.encode_pair(
+            instruction or engine.instruction, query, documents[i]
+        )
+        ids = case.arrays.get(f"{i}/input_ids")
+        if ids is not None:
+            mask = case.arrays.get(f"{i}/attention_mask", np.ones_like(ids)).astype(bool)
+            findings.check(
+                "ids",
+                np.array_equal(prompt.ids, ids[mask]),
+                f"token ids{name}",
+                shared[0] or own[0],
+            )
+        arrays = {
+            key.removeprefix(f"{i}/"): value
+            for key, value in case.arrays.items()
+            if key.startswith(f"{i}/")
+        }
+        entry = details[i] if i < len(details) else {}
+        excused = bool(shared[1] or own[1])
+        _compare_visions(arrays, entry, [query, documents[i]], [excused], findings)
+        diff = abs(score - float(expected[i]))
+        findings.diffs.append(diff)
+        findings.check("scores", diff <= MAX_ABS_DIFF, f"score{name} is off by {diff:.3g}", excuse)
+    if not scores:
+        findings.notes.append("no documents")
+        return findings.result(case.name, case.official_pair_failure(0, 0))
+    return findings.result(case.name, "; ".join(dict.fromkeys(failures)))
+
+
+def _decode(
+    units: Sequence[GoldenUnit], media: GoldenMedia, findings: _Findings
+) -> list[EmbedInput | UnitError]:
+    inputs: list[EmbedInput | UnitError] = []
+    for unit in units:
+        try:
+            inputs.append(media.input_of(unit))
+        except UnitError as error:
+            inputs.append(error)
+        if media.used_documented_total:
+            findings.notes.append("frames fitted to the documented 7,864,320 px in total")
+    return inputs
+
+
+def _unit_name(index: int, units: Sequence[object]) -> str:
+    return f" [{index}]" if len(units) > 1 else ""
+
+
+def _excuse(unit: GoldenUnit, tokenizer: PromptTokenizer, media: GoldenMedia) -> tuple[str, str]:
+    """Return why ours may differ on purpose: (by its text, by its images), empty if it may not."""
+    literal = next(
+        (
+            token
+            for token in tokenizer.special_tokens
+            for text in (*unit.texts, unit.instruction or "")
+            if token in text
+        ),
+        "",
+    )
+    by_text = f"{literal} in the text is text here, a control token there" if literal else ""
+    by_image = (
+        "palette image with transparency: depends on the transformers version that made the folder"
+        if media.has_palette_transparency(unit)
+        else ""
+    )
+    return by_text, by_image
+
+
+def _compare_ids(
+    case: GoldenCase,
+    prompts: Sequence[npt.NDArray[np.int64]],
+    excuses: Sequence[str],
+    findings: _Findings,
+) -> None:
+    ids = case.arrays.get("input_ids")
+    if ids is None:
+        return
+    mask = case.arrays.get("attention_mask", np.ones_like(ids)).astype(bool)
+    for i, prompt in enumerate(prompts):
+        name = _unit_name(i, prompts)
+        theirs = ids[i][mask[i]]
+        equal = np.array_equal(prompt, theirs)
+        what = f"token ids{name}: {len(prompt)} here, {len(theirs)} there"
+        findings.check("ids", equal, what, excuses[i])
+
+
+def _compare_visions(
+    arrays: dict[str, npt.NDArray[Any]],
+    entry: dict[str, Any],
+    inputs: Iterable[EmbedInput],
+    excused: Sequence[bool],
+    findings: _Findings,
+) -> None:
+    """Compare grids and pixels of all images, and of all videos, of a batch in their order."""
+    inputs = list(inputs)
+    excuse = "pixels of a palette image with transparency" if any(excused) else ""
+    for kind, grids_key, pixels_key in (
+        ("images", "image_grid_thw", "pixel_values"),
+        ("videos", "video_grid_thw", "pixel_values_videos"),
+    ):
+        visions = [vision for unit in inputs for vision in getattr(unit, kind)]
+        ours = [list(vision.grid) for vision in visions]
+        theirs = arrays.get(grids_key)
+        theirs = entry.get(grids_key) if theirs is None else theirs.tolist()
+        stated = arrays.get(pixels_key)
+        summary = (entry.get("inputs") or {}).get(pixels_key)
+        if theirs is None and stated is None and not isinstance(summary, dict):
+            continue
+        if theirs is not None:
+            findings.check("grid", ours == theirs, f"{kind}: grids {ours} here, {theirs} there")
+        if stated is not None:
+            equal = np.array_equal(_pixel_rows(visions), stated)
+            findings.check("pixels", equal, f"pixels of the {kind}", excuse)
+        elif isinstance(summary, dict) and "sha256" in summary:
+            equal = _pixel_sha256(visions) == summary["sha256"]
+            findings.check("pixels", equal, f"pixels of the {kind} (sha256)", excuse)
+
+
+def _rows_of(vision: Vision) -> npt.NDArray[np.float32]:
+    import torch
+
+    from qvl_batch.model.patches import patch_rows
+
+    return patch_rows(vision.pixels, torch.device("cpu"), torch.float32).numpy()
+
+
+def _pixel_rows(visions: Sequence[Vision]) -> npt.NDArray[np.float32]:
+    rows = [_rows_of(vision) for vision in visions]
+    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
+
+
+def _pixel_sha256(visions: Sequence[Vision]) -> str:
+    digest = hashlib.sha256()
+    for vision in visions:
+        digest.update(np.ascontiguousarray(_rows_of(vision)).tobytes())
+    return digest.hexdigest()
+
+
+def _compare_vectors(
+    case: GoldenCase,
+    vectors: dict[int, npt.NDArray[np.float32]],
+    excuses: Sequence[str],
+    findings: _Findings,
+) -> None:
+    stored = case.arrays.get("embedding")
+    if stored is None:
+        return
+    for i, ours in vectors.items():
+        name = _unit_name(i, vectors)
+        theirs = stored[i].astype(np.float64)
+        if theirs.shape != ours.shape:
+            findings.wrong.append(
+                f"vector{name}: {len(ours)} dimensions here, {len(theirs)} there: another "
+                "checkpoint?"
+            )
+            continue
+        theirs = theirs / max(float(np.linalg.norm(theirs)), 1e-30)
+        cosine = float(ours.astype(np.float64) @ theirs) / float(np.linalg.norm(ours))
+        diff = float(np.abs(ours - stored[i]).max())
+        findings.cosines.append(cosine)
+        findings.diffs.append(diff)
+        findings.check(
+            "vectors",
+            cosine >= MIN_COSINE and diff <= MAX_ABS_DIFF,
+            f"vector{name}: cosine {cosine:.6f}, off by {diff:.3g}",
+            excuses[i],
+        )
+
+
+def format_table(results: Sequence[CaseResult]) -> Table:
+    """Return the results as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table()
+    for column in ("case", "status", "ids", "grid", "pixels", "cosine", "max_abs_diff", "reason"):
+        table.add_column(column, overflow="fold")
+    colours = {EQUAL: "green", DOCUMENTED: "cyan", OFFICIAL_FAILED: "yellow", DIFFERENT: "red"}
+    for result in results:
+        table.add_row(
+            result.case,
+            f"[{colours[result.status]}]{result.status}[/]",
+            result.ids,
+            result.grid,
+            result.pixels,
+            "-" if result.cosine is None else f"{result.cosine:.7f}",
+            "-" if result.max_abs_diff is None else f"{result.max_abs_diff:.2g}",
+            _escaped(result.reason),
+        )
+    return table
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def doctor(model: str, golden: str, reranker: str | None, as_json: bool) -> int:
+    """Print the comparison of a checkpoint with a golden folder; return the exit code.
+
+    Returns:
+        0 if every case is as it should be, 1 if one is ``different``.
+
+    Raises:
+        InputError: If a folder is missing or unusable.
+    """
+    for what, folder in (("model", model), ("reranker", reranker), ("golden", golden)):
+        if folder is not None and not Path(folder).is_dir():
+            raise InputError(f"There is no {what} folder {folder}.", f"Check --{what}.")
+    results = run_doctor(Path(model), Path(golden), Path(reranker) if reranker else None)
+    _, cases = read_golden(Path(golden))
+    left_out = len(cases) - len(results)
+    counts = {
+        status: sum(result.status == status for result in results)
+        for status in (EQUAL, DOCUMENTED, OFFICIAL_FAILED, DIFFERENT)
+    }
+    if as_json:
+        print(json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        # A pipe has no width of its own: wide enough that no reason is folded into shreds.
+        console = Console() if sys.stdout.isatty() else Console(width=200)
+        console.print(format_table(results))
+        console.print(", ".join(f"{number} {status}" for status, number in counts.items()))
+    if left_out:
+        print(f"{left_out} reranking case(s) left out: give --reranker.", file=sys.stderr)
+    return 1 if counts[DIFFERENT] or not results else 0
