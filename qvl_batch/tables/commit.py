@@ -180,11 +180,8 @@ def stamps_since(
     """
     known = store.stamps.setdefault(table, {})
     wanted = [v for v in range(since + 1, latest.version + 1) if v not in known]
-    if len(wanted) > 4:
-        with ThreadPoolExecutor(8) as pool:
-            read = list(pool.map(lambda version: _read_stamp(latest, version), wanted))
-    else:
-        read = [_read_stamp(latest, version) for version in wanted]
+    # One after the other: a dataset handle can not be used by two threads ("Already borrowed").
+    read = [_read_stamp(latest, version) for version in wanted]
     known |= {stamp.version: stamp for stamp in read if stamp is not None}
     return [known[v] for v in range(since + 1, latest.version + 1) if v in known]
 
