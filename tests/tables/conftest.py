@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import boto3
 import pytest
@@ -73,3 +76,25 @@ def any_store(request: pytest.FixtureRequest, tmp_path) -> TableStore:
         return TableStore(str(tmp_path / "root"))
     s3 = request.getfixturevalue("moto_s3")
     return TableStore(s3.root, s3.storage)
+
+
+@pytest.fixture
+def start_worker() -> Iterator[Callable[[str, TableStore, str], subprocess.Popen[str]]]:
+    """Start `worker.py` in a process of its own; whatever still runs at the end is killed."""
+    root = Path(__file__).parents[2]
+    started: list[subprocess.Popen[str]] = []
+
+    def start(action: str, store: TableStore, name: str = "x") -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.tables.worker", action, store.root, name],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
