@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_value_that_looks_like_a_slug_is_slugged() -> None:
     assert table_name("m", (("k", spoofed),)) != f"m__k-{spoofed}"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(COLLECTIONS, PARTITIONS)
 def test_names_are_lance_names(collection, partition) -> None:
     name = table_name(collection, partition)
@@ -56,11 +57,26 @@ def test_names_are_lance_names(collection, partition) -> None:
     assert name == table_name(collection, partition)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(COLLECTIONS, PARTITIONS, COLLECTIONS, PARTITIONS)
 def test_different_partitions_have_different_names(one, first, other, second) -> None:
     same = (one, first) == (other, second)
     assert (table_name(one, first) == table_name(other, second)) == same
+
+
+def test_no_two_of_all_short_partitions_share_a_name() -> None:
+    def texts(longest: int) -> list[str]:
+        return ["".join(t) for n in range(longest + 1) for t in itertools.product("a-_", repeat=n)]
+
+    pairs = list(itertools.product(texts(3), [None, *texts(3)]))
+    partitions = [(pair,) for pair in pairs]
+    short = list(itertools.product(texts(2), [None, *texts(2)]))
+    partitions += [(p, q) for p, q in itertools.product(short, short) if p[0] != q[0]]
+    named: dict[str, object] = {}
+    for partition in partitions:
+        name = table_name("a", partition)
+        assert name not in named, (partition, named[name])
+        named[name] = partition
 
 
 def test_a_long_name_is_cut_and_stays_unique() -> None:
