@@ -126,7 +126,9 @@ def _row(
 
 def index_state(dataset: lance.LanceDataset) -> str:
     """Return ``none``, or the indexes as ``column:type`` joined by commas."""
-    found = [f"{'+'.join(index['fields'])}:{index['type']}" for index in dataset.list_indices()]
+    found = [
+        f"{'+'.join(index.field_names)}:{index.index_type}" for index in dataset.describe_indices()
+    ]
     return ",".join(sorted(found)) or "none"
 
 

@@ -101,11 +101,12 @@ class _Rows:
     def read(cls, ds: lance.LanceDataset, fragments: Sequence[lance.LanceFragment]) -> _Rows:
         ids, segments, nums, wrong = [], [], [], []
         columns = ["row_id", "unit_id", "segment", "num_segments"]
-        batches = (
-            ds.to_batches(columns=columns, fragments=fragments, batch_size=_BATCH_ROWS)
-            if fragments
-            else ()
-        )
+        if fragments:
+            # Not ds.to_batches, which reads all fragments whatever it is told.
+            scanner = ds.scanner(columns=columns, fragments=fragments, batch_size=_BATCH_ROWS)
+            batches = scanner.to_batches()
+        else:
+            batches = iter(())
         for batch in batches:
             row_id, unit_id, segment, num = batch.columns
             expected = pc.binary_join_element_wise(unit_id, segment.cast(pa.string()), ":")

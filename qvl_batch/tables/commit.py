@@ -31,7 +31,7 @@ from qvl_batch.tables.store import Stamp, TableStore, storage_error
 MARKER = "qvl.marker"
 RUN_ID = "qvl.run_id"
 
-_ATTEMPTS = 20
+ATTEMPTS = 20
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 # Operations after which the rows that this run planned with may be others.
@@ -57,6 +57,7 @@ def append(
     run_id: str,
     planned_version: int | None = None,
     commit: Commit = commit_transaction,
+    attempts: int = ATTEMPTS,
 ) -> int:
     """Append written fragments to a partition's table in one commit, exactly once.
 
@@ -69,6 +70,7 @@ def append(
             after it are searched for the marker and for other writers. None: all versions are
             searched for the marker, and other writers are allowed.
         commit: Does one attempt; for tests of lost acknowledgements.
+        attempts: How often it is tried: 20 take up to half a minute.
 
     Returns:
         The version that holds the fragments.
@@ -83,7 +85,7 @@ def append(
     """
     exclusive = planned_version is not None
     return _append_once(
-        store, table, fragments, marker, run_id, planned_version or 0, exclusive, commit
+        store, table, fragments, marker, run_id, planned_version or 0, exclusive, commit, attempts
     )
 
 
@@ -111,7 +113,9 @@ def append_failures(
     if found is not None:
         return found
     fragments = write_to(store, FAILURES_TABLE, rows)
-    return _append_once(store, FAILURES_TABLE, fragments, marker, run_id, since, False, commit)
+    return _append_once(
+        store, FAILURES_TABLE, fragments, marker, run_id, since, False, commit, ATTEMPTS
+    )
 
 
 def _append_once(
@@ -123,6 +127,7 @@ def _append_once(
     since: int,
     exclusive: bool,
     commit: Commit,
+    attempts: int,
 ) -> int:
     def standing(latest: lance.LanceDataset) -> int | None:
         stamps = stamps_since(store, table, latest, since)
@@ -135,7 +140,7 @@ def _append_once(
         return _open(store, table).version
     cause: Exception = RunFailedError("never tried")
     checked = False
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(attempts):
         if attempt:
             time.sleep(_pause_s(attempt))
         try:
@@ -166,7 +171,7 @@ def _append_once(
         raise cause
     if isinstance(cause, CommitConflictError):
         raise RunFailedError(
-            f"table {table}: {_ATTEMPTS} attempts to commit lost against other writers"
+            f"table {table}: {attempts} attempts to commit lost against other writers"
         ) from cause
     raise storage_error(store.uri(table), cause) from cause
 
@@ -180,11 +185,8 @@ def stamps_since(
     """
     known = store.stamps.setdefault(table, {})
     wanted = [v for v in range(since + 1, latest.version + 1) if v not in known]
-    if len(wanted) > 4:
-        with ThreadPoolExecutor(8) as pool:
-            read = list(pool.map(lambda version: _read_stamp(latest, version), wanted))
-    else:
-        read = [_read_stamp(latest, version) for version in wanted]
+    # One after the other: a dataset handle can not be used by two threads ("Already borrowed").
+    read = [_read_stamp(latest, version) for version in wanted]
     known |= {stamp.version: stamp for stamp in read if stamp is not None}
     return [known[v] for v in range(since + 1, latest.version + 1) if v in known]
 

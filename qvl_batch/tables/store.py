@@ -12,6 +12,7 @@ from functools import cached_property
 import lance
 import pyarrow as pa
 from lance.file import LanceFileSession
+from lance.schema import LanceSchema
 
 from qvl_batch.errors import RecipeMismatchError, StorageError
 from qvl_batch.storage import Storage, is_local, local_path, scheme_of
@@ -185,18 +186,23 @@ class TableStore:
             RecipeMismatchError: If there is a table of another schema.
             StorageError: If it can not be created.
         """
+        # Not write_dataset(mode="create"): of two creators at once the second overwrites the first
+        # one's table, rows and all. An Overwrite of version 0 without retries can only make
+        # version 1.
+        empty = lance.LanceOperation.Overwrite(LanceSchema.from_pyarrow(schema), [])
         try:
-            return lance.write_dataset(
-                schema.empty_table(),
+            lance.LanceDataset.commit(
                 self.uri(name),
-                mode="create",
+                lance.Transaction(0, empty),
                 storage_options=self.options,
-                session=self.session,
+                max_retries=0,
             )
         except (ValueError, OSError, RuntimeError) as error:
-            present = self.open(name)
-            if present is None:
+            if self.open(name) is None:
                 raise storage_error(self.uri(name), error) from error
+        present = self.open(name)
+        if present is None:
+            raise StorageError(f"{self.uri(name)} was removed while it was created.", "Run again.")
         difference = schema_difference(schema, present.schema)
         if difference:
             raise RecipeMismatchError(
