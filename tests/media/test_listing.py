@@ -24,7 +24,6 @@ from qvl_batch.media.listing import (
     LINK_CYCLE,
     MARKER,
     NOT_A_FILE,
-    UNADDRESSABLE,
     glob_regex,
     list_source,
     walk_objects,
@@ -41,6 +40,7 @@ WEIRD = [
     "-dash.txt",
     "per%20cent.txt",
     "hash#mark?query&x=1.txt",
+    "a.txt?versionId=1",
     "[brackets] {braces} *star.txt",
     "back\\slash.txt",
     "_DSC0001.JPG",
@@ -262,7 +262,7 @@ def test_a_prefix_is_a_folder(s3):
 def test_markers_and_hidden_keys_are_left_out(s3):
     client, storage = s3
     put(client, "marks/", "marks/sub/", "marks/sub_$folder$", "marks/_SUCCESS", body=b"")
-    put(client, "marks/.hid/a.txt", "marks/a.txt?versionId=1", "marks/ok.txt")
+    put(client, "marks/.hid/a.txt", "marks/ok.txt")
     uris, left_out = listed("s3://media/marks", storage)
     assert uris == ["s3://media/marks/ok.txt"]
     assert left_out == {
@@ -271,7 +271,6 @@ def test_markers_and_hidden_keys_are_left_out(s3):
         "s3://media/marks/sub_$folder$": MARKER,
         "s3://media/marks/_SUCCESS": MARKER,
         "s3://media/marks/.hid/a.txt": HIDDEN,
-        "s3://media/marks/a.txt?versionId=1": UNADDRESSABLE,
     }
 
 
@@ -303,6 +302,9 @@ def test_absent_objects(s3):
     objects = Objects(storage)
     assert objects.stat("s3://media/absent") is None
     assert objects.head("s3://media/absent") is None
+    put(s3[0], "short")
+    assert objects.head("s3://media/short", 2, 2) == b"ll"
+    assert objects.head("s3://media/short", 99, 2) == b""
     assert objects.stat("s3://no-such-bucket/absent") is None
 
 
