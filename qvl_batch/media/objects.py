@@ -108,13 +108,18 @@ def check_scheme(uri: str) -> None:
         )
 
 
+def _answer(error: BaseException) -> dict[str, str]:
+    """Return the ``Code`` and ``Message`` with which an S3 server refused; empty if it did not."""
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    found = response.get("Error", {}) if isinstance(response, dict) else {}
+    return {name: str(found[name]) for name in ("Code", "Message") if found.get(name)}
+
+
 def problem_of(error: BaseException) -> Problem:
     """Return what kind of thing went wrong in a request to a store."""
-    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
-    if isinstance(response, dict):
-        found = _PROBLEM_OF_CODE.get(str(response.get("Error", {}).get("Code")))
-        if found:
-            return found
+    found = _PROBLEM_OF_CODE.get(_answer(error).get("Code", ""))
+    if found:
+        return found
     # By name, since these classes live in packages that only some stores bring along.
     name = type(error).__name__
     if "Credentials" in name or name in ("ProfileNotFound", "TokenRetrievalError", "RefreshError"):
@@ -139,7 +144,9 @@ def storage_error(uri: str, error: BaseException, storage: Storage) -> StorageEr
         return StorageError(f"{uri}: {reason}.", "Check the path.")
     bucket, _ = split_bucket(uri)
     place = storage.endpoint_url or f"the {scheme_of(uri)} store"
-    detail = " ".join(str(error).split())[:300]
+    # Some servers send a code and no message.
+    detail = ": ".join(_answer(error).values()) or str(error)
+    detail = " ".join(detail.split())[:300]
     match problem_of(error):
         case "bucket":
             return StorageError(
