@@ -131,7 +131,11 @@ def _list_local(path: str, storage: Storage) -> Iterator[MediaObject | LeftOut]:
 def _matching(
     found: Iterator[MediaObject | LeftOut], pattern: re.Pattern[str]
 ) -> Iterator[MediaObject | LeftOut]:
-    return (item for item in found if pattern.fullmatch(item.uri))
+    for item in found:
+        # What a closed folder holds is not known, so it may be what the glob asks for.
+        closed = isinstance(item, LeftOut) and item.reason in (UNREADABLE_FOLDER, LINK_CYCLE)
+        if closed or pattern.fullmatch(item.uri):
+            yield item
 
 
 def _list_local_tree(

@@ -122,6 +122,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     }
 
 
+def test_a_glob_tells_of_folders_that_it_could_not_enter(tmp_path):
+    path = write(tmp_path / "root/a.txt")
+    (tmp_path / "root/up").symlink_to(tmp_path / "root")
+    assert listed(f"{tmp_path}/root/**/*.txt") == ([path], {f"{tmp_path}/root/up/": LINK_CYCLE})
+
+
 def test_a_name_that_is_not_utf8_is_left_out(tmp_path):
     try:
         (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"x")
