@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 
 OBJECT_SCHEMES = {"s3": None, "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _EXTRAS = {"gcsfs": "gcs", "adlfs": "azure"}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def scheme_of(uri: str) -> str:
     """Return ``s3``, ``gs``, … or ``file`` for a local path (also ``C:\\…`` and ``file://``)."""
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
-    return scheme.lower() or "file"
+    # Not urlsplit, which takes a bracket in a bucket or folder name for an IPv6 address.
+    found = _SCHEME.match(uri)
+    return found[1].lower() if found else "file"
 
 
 def is_local(uri: str) -> bool:

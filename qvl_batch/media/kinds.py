@@ -74,7 +74,8 @@ class Kinds:
         ]
         self._each(self._add_state, lacking)
         self.not_found += sum("absent" in row for row in lacking)
-        self._each(self._add_kind, [row for row in rows if row.get("kind") is None])
+        unknown = [row for row in rows if row.get("kind") is None]
+        self._each(self._read_kind, [row for row in unknown if not self._name_kind(row)])
         for row in lacking:
             if row.pop("absent", False) and "left_out" in row:
                 self.not_found -= 1
@@ -100,19 +101,29 @@ class Kinds:
             if row.get(name) is None:
                 row[name] = getattr(now, name)
 
-    def _add_kind(self, row: dict[str, Any]) -> None:
-        uri, part = row["uri"], "byte_offset" in row or "byte_length" in row
-        if "absent" in row or row.get("size_bytes") == 0:
-            kind = kind_of_extension(uri)
-            reason = UNREADABLE if "absent" in row else EMPTY
-        elif not is_local(uri) and not self._sniff and not part and kind_of_extension(uri):
-            kind, reason = kind_of_extension(uri), ""
+    def _name_kind(self, row: dict[str, Any]) -> bool:
+        """Decide by the name where nothing can or need be read; return whether that was done."""
+        uri, named = row["uri"], kind_of_extension(row["uri"])
+        is_part = "byte_offset" in row or "byte_length" in row
+        if "absent" in row:
+            _decide(row, named, UNREADABLE)
+        elif row.get("size_bytes") == 0:
+            _decide(row, named, EMPTY)
+        elif named is None or is_part or self._sniff or is_local(uri):
+            return False
         else:
-            length = min(HEAD_BYTES, row.get("byte_length", HEAD_BYTES))
-            head = self._objects.head(uri, row.get("byte_offset", 0), length)
-            kind = decide_kind(uri, head)
-            reason = UNREADABLE if head is None else UNKNOWN
-        if kind is None:
-            row["left_out"] = reason
-        else:
-            row["kind"] = kind
+            row["kind"] = named
+        return True
+
+    def _read_kind(self, row: dict[str, Any]) -> None:
+        length = min(HEAD_BYTES, row.get("byte_length", HEAD_BYTES))
+        head = self._objects.head(row["uri"], row.get("byte_offset", 0), length)
+        kind = decide_kind(row["uri"], head)
+        _decide(row, kind, UNREADABLE if head is None else UNKNOWN)
+
+
+def _decide(row: dict[str, Any], kind: Kind | None, reason: str) -> None:
+    if kind is None:
+        row["left_out"] = reason
+    else:
+        row["kind"] = kind

@@ -38,7 +38,6 @@ BROKEN_LINK = "symbolic link to nothing"
 NOT_A_FILE = "not a regular file (device, pipe or socket)"
 UNREADABLE_FOLDER = "folder that may not be read"
 BAD_NAME = "name is not valid UTF-8"
-UNADDRESSABLE = "name holds ?versionId=, which S3 clients take for a version"
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -101,7 +100,7 @@ def glob_regex(pattern: str) -> re.Pattern[str]:
         ) from None
 
 
-def _name_reason(parts: list[str], uri: str) -> str | None:
+def _name_reason(parts: list[str]) -> str | None:
     """Return why a name below the source's root is left out, or None.
 
     An underscore alone leaves nothing out: cameras write ``_DSC0001.JPG``.
@@ -113,8 +112,6 @@ def _name_reason(parts: list[str], uri: str) -> str | None:
         return MARKER
     if name.startswith("_") and kind_of_extension(name) is None:
         return MARKER
-    if "?versionId=" in uri and scheme_of(uri) == "s3":
-        return UNADDRESSABLE
     return None
 
 
@@ -134,7 +131,11 @@ def _list_local(path: str, storage: Storage) -> Iterator[MediaObject | LeftOut]:
 def _matching(
     found: Iterator[MediaObject | LeftOut], pattern: re.Pattern[str]
 ) -> Iterator[MediaObject | LeftOut]:
-    return (item for item in found if pattern.fullmatch(item.uri))
+    for item in found:
+        # What a closed folder holds is not known, so it may be what the glob asks for.
+        closed = isinstance(item, LeftOut) and item.reason in (UNREADABLE_FOLDER, LINK_CYCLE)
+        if closed or pattern.fullmatch(item.uri):
+            yield item
 
 
 def _list_local_tree(
@@ -172,7 +173,7 @@ def _list_folder(
             yield LeftOut(path, BROKEN_LINK)
             continue
         if not modes.S_ISDIR(stat.st_mode):
-            reason = _name_reason([name], path)
+            reason = _name_reason([name])
             yield LeftOut(path, reason) if reason else _local_entry(path, stat)
             continue
         identity = (stat.st_dev, stat.st_ino)
@@ -240,7 +241,7 @@ def _s3_entries(
         for entry in page:
             key = entry["Key"]
             uri = start + key
-            reason = _name_reason(key[below:].lstrip("/").split("/"), uri)
+            reason = _name_reason(key[below:].lstrip("/").split("/"))
             yield LeftOut(uri, reason) if reason else listed_object(uri, entry)
 
 
@@ -278,7 +279,7 @@ def walk_objects(
             name = entry["name"]
             uri = f"{scheme}://{name.lstrip('/')}"
             parts = name[len(top) :].lstrip("/").split("/")
-            reason = _name_reason(parts, uri)
+            reason = _name_reason(parts)
             yield LeftOut(uri, reason) if reason else listed_object(uri, entry)
         # fsspec keeps every folder that it has listed, else.
         filesystem.invalidate_cache(folder)

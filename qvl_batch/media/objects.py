@@ -28,6 +28,8 @@ _QUICK = {
     "retries": {"total_max_attempts": 2},
 }
 
+_BODY_ATTEMPTS = 3
+
 Problem = Literal["bucket", "denied", "credentials", "region", "unreachable", "missing", "other"]
 
 _PROBLEM_OF_CODE: dict[str, Problem] = {
@@ -106,13 +108,18 @@ def check_scheme(uri: str) -> None:
         )
 
 
+def _answer(error: BaseException) -> dict[str, str]:
+    """Return the ``Code`` and ``Message`` with which an S3 server refused; empty if it did not."""
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    found = response.get("Error", {}) if isinstance(response, dict) else {}
+    return {name: str(found[name]) for name in ("Code", "Message") if found.get(name)}
+
+
 def problem_of(error: BaseException) -> Problem:
     """Return what kind of thing went wrong in a request to a store."""
-    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
-    if isinstance(response, dict):
-        found = _PROBLEM_OF_CODE.get(str(response.get("Error", {}).get("Code")))
-        if found:
-            return found
+    found = _PROBLEM_OF_CODE.get(_answer(error).get("Code", ""))
+    if found:
+        return found
     # By name, since these classes live in packages that only some stores bring along.
     name = type(error).__name__
     if "Credentials" in name or name in ("ProfileNotFound", "TokenRetrievalError", "RefreshError"):
@@ -137,7 +144,9 @@ def storage_error(uri: str, error: BaseException, storage: Storage) -> StorageEr
         return StorageError(f"{uri}: {reason}.", "Check the path.")
     bucket, _ = split_bucket(uri)
     place = storage.endpoint_url or f"the {scheme_of(uri)} store"
-    detail = " ".join(str(error).split())[:300]
+    # Some servers send a code and no message.
+    detail = ": ".join(_answer(error).values()) or str(error)
+    detail = " ".join(detail.split())[:300]
     match problem_of(error):
         case "bucket":
             return StorageError(
@@ -212,6 +221,7 @@ class Objects:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._filesystems: dict[str, Any] = {}
+        self._dead: dict[str, StorageError | None] = {}
         self._lock = threading.Lock()
 
     def stat(self, uri: str) -> MediaObject | None:
@@ -253,7 +263,10 @@ class Objects:
                 with open(uri, "rb") as file:
                     file.seek(offset)
                     return file.read(length)
-            return self._filesystem(uri).cat_file(uri, start=offset, end=offset + length)
+            filesystem = self._filesystem(uri)
+            if scheme_of(uri) == "s3":
+                return _s3_range(filesystem, uri, offset, length)
+            return filesystem.cat_file(uri, start=offset, end=offset + length)
         except store_failures() as error:
             if getattr(error, "errno", None) == errno.EINVAL:
                 # A range behind the end.
@@ -263,21 +276,43 @@ class Objects:
             raise storage_error(uri, error, self._storage) from error
 
     def _filesystem(self, uri: str) -> Any:
-        scheme, bucket = scheme_of(uri), split_bucket(uri)[0]
+        scheme, place = scheme_of(uri), f"{scheme_of(uri)}://{split_bucket(uri)[0]}"
         with self._lock:
+            if place not in self._dead:
+                self._dead[place] = self._why_dead(uri) if scheme == "s3" else None
+            # Told to every thread at once: 32 of them would wait one after the other, else.
+            dead = self._dead[place]
+            if dead is not None:
+                raise dead
             if scheme not in self._filesystems:
                 self._filesystems[scheme] = self._storage.filesystem(uri)
-            if f"{scheme}://{bucket}" not in self._filesystems:
-                if scheme == "s3":
-                    self._refuse_dead_store(uri)
-                self._filesystems[f"{scheme}://{bucket}"] = self._filesystems[scheme]
             return self._filesystems[scheme]
 
-    def _refuse_dead_store(self, uri: str) -> None:
-        """Fail fast on an endpoint or key that works for nobody; a missing bucket is one row's."""
+    def _why_dead(self, uri: str) -> StorageError | None:
+        """Return what is wrong with an endpoint or key; a missing bucket is one row's affair."""
         try:
             first_page(uri, self._storage)
         except StorageError as error:
             cause = error.__cause__
             if cause is None or problem_of(cause) not in ("missing", "denied", "bucket"):
-                raise
+                return error
+        return None
+
+
+def _s3_range(filesystem: Any, uri: str, offset: int, length: int) -> bytes:
+    """Read a range by bucket and key, since s3fs takes ``?versionId=`` in a path for a version."""
+    from aiohttp import ClientError
+    from botocore.exceptions import BotoCoreError
+    from fsspec.asyn import sync
+
+    bucket, key = split_bucket(uri)
+    byte_range = f"bytes={offset}-{offset + length - 1}"
+    for attempt in range(_BODY_ATTEMPTS):
+        answer = filesystem.call_s3("get_object", Bucket=bucket, Key=key, Range=byte_range)
+        try:
+            return sync(filesystem.loop, answer["Body"].read)
+        except (ClientError, BotoCoreError) as error:
+            # s3fs repeats requests, but not the reading of their bodies.
+            if attempt + 1 == _BODY_ATTEMPTS:
+                raise ConnectionError(f"the body broke off: {error}") from error
+    raise AssertionError("not reached")

@@ -24,7 +24,6 @@ from qvl_batch.media.listing import (
     LINK_CYCLE,
     MARKER,
     NOT_A_FILE,
-    UNADDRESSABLE,
     glob_regex,
     list_source,
     walk_objects,
@@ -41,6 +40,7 @@ WEIRD = [
     "-dash.txt",
     "per%20cent.txt",
     "hash#mark?query&x=1.txt",
+    "a.txt?versionId=1",
     "[brackets] {braces} *star.txt",
     "back\\slash.txt",
     "_DSC0001.JPG",
@@ -120,6 +120,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         f"{tmp_path}/root/sub/up/": LINK_CYCLE,
         f"{tmp_path}/root/self": BROKEN_LINK,
     }
+
+
+def test_a_glob_tells_of_folders_that_it_could_not_enter(tmp_path):
+    path = write(tmp_path / "root/a.txt")
+    (tmp_path / "root/up").symlink_to(tmp_path / "root")
+    assert listed(f"{tmp_path}/root/**/*.txt") == ([path], {f"{tmp_path}/root/up/": LINK_CYCLE})
 
 
 def test_a_name_that_is_not_utf8_is_left_out(tmp_path):
@@ -262,7 +268,7 @@ def test_a_prefix_is_a_folder(s3):
 def test_markers_and_hidden_keys_are_left_out(s3):
     client, storage = s3
     put(client, "marks/", "marks/sub/", "marks/sub_$folder$", "marks/_SUCCESS", body=b"")
-    put(client, "marks/.hid/a.txt", "marks/a.txt?versionId=1", "marks/ok.txt")
+    put(client, "marks/.hid/a.txt", "marks/ok.txt")
     uris, left_out = listed("s3://media/marks", storage)
     assert uris == ["s3://media/marks/ok.txt"]
     assert left_out == {
@@ -271,7 +277,6 @@ def test_markers_and_hidden_keys_are_left_out(s3):
         "s3://media/marks/sub_$folder$": MARKER,
         "s3://media/marks/_SUCCESS": MARKER,
         "s3://media/marks/.hid/a.txt": HIDDEN,
-        "s3://media/marks/a.txt?versionId=1": UNADDRESSABLE,
     }
 
 
@@ -303,6 +308,9 @@ def test_absent_objects(s3):
     objects = Objects(storage)
     assert objects.stat("s3://media/absent") is None
     assert objects.head("s3://media/absent") is None
+    put(s3[0], "short")
+    assert objects.head("s3://media/short", 2, 2) == b"ll"
+    assert objects.head("s3://media/short", 99, 2) == b""
     assert objects.stat("s3://no-such-bucket/absent") is None
 
 
@@ -313,7 +321,9 @@ def test_no_such_bucket(s3, source):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["s3://", "s3:///key", "s3://*/key", "s3://a b/key"])
+@pytest.mark.parametrize(
+    "source", ["s3://", "s3:///key", "s3://*/key", "s3://a[b/key", "s3://a b/key"]
+)
 def test_bucket_names_of_no_use(s3, source):
     with pytest.raises(StorageError, match=r"names no bucket|Name one bucket|There is no bucket"):
         listed(source, s3[1])
@@ -395,6 +405,7 @@ def test_what_a_server_refuses_is_one_line(s3, status, code, message):
     ):
         listed("s3://media/x", storage)
     assert "\n" not in str(caught.value)
+    assert code in str(caught.value)
 
 
 def test_a_closed_port_is_told_within_seconds(s3):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from qvl_batch import schema
 from qvl_batch.errors import ConfigError, ManifestError, StorageError
 from qvl_batch.media.kinds import EMPTY, UNKNOWN, UNREADABLE, decide_kind
 from qvl_batch.media.listing import HIDDEN
-from qvl_batch.media.manifest import NO_MATCH, build_manifest, parse_partition_rule
+from qvl_batch.media.manifest import build_manifest, parse_partition_rule
+from qvl_batch.media.manifest_parts import NO_MATCH
 from qvl_batch.storage import Storage
 
 LOCAL = Storage()
@@ -139,6 +141,14 @@ def test_batches_do_not_change_the_manifest(tmp_path):
     report, batched, _ = build(tmp_path / "src", tmp_path, batch_rows=5)
     assert batched == whole
     assert pq.ParquetFile(report.out).num_row_groups == 5
+
+
+def test_an_out_below_hive_folders_takes_no_columns_from_them(tmp_path):
+    path = write(tmp_path / "run=7/l.jsonl", '{"text": "a"}\n')
+    report = build_manifest(path, str(tmp_path / "run=7/m.parquet"), storage=LOCAL)
+    assert report.partition_keys == ()
+    names = pq.ParquetFile(report.out).schema_arrow.names
+    assert names == ["uri", "kind", "etag", "size_bytes", "mtime", "text"]
 
 
 def test_an_empty_source_says_what_was_seen(tmp_path):
@@ -426,6 +436,16 @@ def test_types_that_change_between_batches(tmp_path):
     assert "column 'n' is int64 in some rows and string" in refused(path, tmp_path, batch_rows=1)
 
 
+def test_nested_columns_that_differ(tmp_path):
+    lines = ['{"text": "a", "m": {"k": 1}}', '{"text": "b", "m": {"j": 2}}']
+    path = write(tmp_path / "l.jsonl", "\n".join(lines))
+    whole = build(path, tmp_path)[1]
+    assert [row["m"] for row in whole] == [{"k": 1, "j": None}, {"k": None, "j": 2}]
+    assert build(path, tmp_path, batch_rows=1)[1] == whole
+    path = write(tmp_path / "empty.jsonl", '{"text": "a", "m": {}}\n')
+    assert "does not fit into one Parquet type" in refused(path, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -538,5 +558,13 @@ def test_a_list_in_a_bucket(s3, tmp_path):
     pq.write_table(pa.table({"uri": ["pics/1.png"]}), tmp_path / "l.parquet")
     client.upload_file(str(tmp_path / "l.parquet"), "media", "c/l.parquet")
     assert build("s3://media/c/l.parquet", tmp_path, storage=storage)[0].by_kind == {"image": 1}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = Storage(endpoint_url=f"http://127.0.0.1:{free.getsockname()[1]}", region="r")
+        path = write(tmp_path / "dead.jsonl", '{"uri": "s3://media/x.png"}\n' * 100)
+        began = time.monotonic()
+        message = refused(path, tmp_path, storage=dead, error=StorageError)
+        assert "can not be reached" in message
+        assert time.monotonic() - began < 15
     with pytest.raises(StorageError, match=r"none\.csv is not there"):
         build("s3://media/c/none.csv", tmp_path, storage=storage)
