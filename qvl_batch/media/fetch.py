@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import io
 import os
 import random
@@ -340,7 +341,11 @@ class Fetcher:
             raise MissingMediaError(shown, "no such file") from None
         except PermissionError:
             raise AccessDeniedError(shown, "the file may not be read") from None
-        except (OSError, ValueError) as error:
+        except ValueError:
+            raise MissingMediaError(shown, "no path may hold a NUL character") from None
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise MissingMediaError(shown, f"no such file: {error.strerror}") from None
             raise TransientReadError(f"{type(error).__name__}: {error}") from None
         with open(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)

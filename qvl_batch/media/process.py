@@ -150,7 +150,8 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             return "the decoder closed its pipe"
         if status < 0:
-            return f"the decoder died of {signal.Signals(-status).name}"
+            known = {number.value: number.name for number in signal.Signals}
+            return f"the decoder died of {known.get(-status, f'signal {-status}')}"
         return f"the decoder ended by itself with status {status}"
 
 

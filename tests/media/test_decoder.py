@@ -49,9 +49,7 @@ def source(data: bytes, uri: str = "u") -> Source:
 
 
 def plan(width: int, height: int, *indices: int) -> PartPlan:
-    return PartPlan(
-        segment=0, frame_indices=indices or (0,), width_px=width, height_px=height
-    )
+    return PartPlan(segment=0, frame_indices=indices or (0,), width_px=width, height_px=height)
 
 
 def decode_video(decoder: Decoder, data: bytes) -> np.ndarray:
@@ -240,8 +238,9 @@ def test_a_bug_of_ours_is_no_failure_of_the_unit(video):
     error, _ = failing("mistake", video)
     assert isinstance(error, DecoderBugError)
     assert "a bug of ours" in str(error)
-    with Decoder(DecodeLimits(), f"{RESIZES}:no_such_function") as one, pytest.raises(
-        DecoderBugError, match="no_such_function"
+    with (
+        Decoder(DecodeLimits(), f"{RESIZES}:no_such_function") as one,
+        pytest.raises(DecoderBugError, match="no_such_function"),
     ):
         one.open(source(video), "video")
 
