@@ -178,8 +178,11 @@ def test_sources_that_nobody_took_are_closed(tmp_path, monkeypatch):
     results = Fetcher(Storage(), limits).fetch_all(requests)
     first = next(results)
     results.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("fetch"):
+            thread.join(10)
+            assert not thread.is_alive()
     assert os.listdir(tmp_path / "tmp") == [os.path.basename(first.path)]
     first.close()
     first.close()
     assert os.listdir(tmp_path / "tmp") == []
-    assert not [t for t in threading.enumerate() if t.name.startswith("fetch")]

@@ -204,6 +204,18 @@ def test_a_server_that_does_not_answer_is_left_in_time(misbehaving):
     assert time.monotonic() - started < 3
 
 
+def test_whoever_stops_does_not_wait_for_a_server(misbehaving, tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    misbehaving.replies = ["hang"]
+    requests = [FetchRequest(uri=str(tmp_path / "a"))]
+    requests += [FetchRequest(uri=f"s3://media/{i}") for i in range(40)]
+    results = fetcher_at(misbehaving.url, threads=2, timeout_s=1).fetch_all(requests)
+    assert next(results).data == b"a"
+    started = time.monotonic()
+    results.close()
+    assert time.monotonic() - started < 0.5
+
+
 @pytest.mark.parametrize("code", ["AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId"])
 def test_a_refusal_is_final(misbehaving, code):
     misbehaving.replies = [refusal(403, code)]
