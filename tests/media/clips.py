@@ -41,8 +41,10 @@ def clip(
 ) -> bytes:
     """A video of `moving_picture`s; ``times`` are pts in 1/1000 s for a variable rate."""
     # A file with a name: moving the index to the front reads the output again.
-    file = tempfile.NamedTemporaryFile(suffix=f".{container}")
-    with file, av.open(file.name, "w", format=container, options=mux or {}) as output:
+    with (
+        tempfile.NamedTemporaryFile(suffix=f".{container}") as file,
+        av.open(file.name, "w", format=container, options=mux or {}) as output,
+    ):
         stream = output.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt

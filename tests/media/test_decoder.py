@@ -261,6 +261,16 @@ def test_killed_between_two_units_costs_nothing(video):
         assert decode_video(one, video).shape == (3, 64, 96, 3)
 
 
+def test_the_child_outlives_the_thread_that_opened_a_medium(video):
+    with Decoder(DecodeLimits(), f"{RESIZES}:crop") as one:
+        opening = threading.Thread(target=one.open, args=(source(video), "video"))
+        opening.start()
+        opening.join()
+        time.sleep(0.2)
+        (frames,) = one.decode([plan(96, 64, 0, 7, 19)])
+    assert frames.shape == (3, 64, 96, 3)
+
+
 def test_the_child_has_no_secret(video, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     monkeypatch.setenv("HF_TOKEN", "hidden")

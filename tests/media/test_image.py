@@ -117,7 +117,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
 def test_a_truncated_image_fails():
     whole = image_bytes(Image.fromarray(moving_picture(1, WIDTH, HEIGHT)), "JPEG")
     decoded(whole)
-    with pytest.raises(CorruptMediaError, match="(?i)truncated"):
+    with pytest.raises(CorruptMediaError, match="runcated"):
         decoded(whole[: len(whole) // 2])
     with pytest.raises(CorruptMediaError):
         decoded(png_claiming(900, 900))
