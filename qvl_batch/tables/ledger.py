@@ -9,13 +9,14 @@ import pyarrow.compute as pc
 from qvl_batch.recipe import Recipe
 from qvl_batch.schema import FAILURES
 from qvl_batch.tables.layout import (
+    COLLECTION_METADATA,
     FAILURES_TABLE,
     PARTITION_METADATA,
     Partition,
     partition_from_json,
     table_name,
 )
-from qvl_batch.tables.store import TableStore
+from qvl_batch.tables.store import RECIPE_METADATA, TableStore, refuse_other_recipe
 
 _VIEW_COLUMNS = (
     "unit_id",
@@ -90,8 +91,18 @@ def latest_failures(rows: pa.Table, done: pa.Array | None) -> pa.Table:
 
 def table_recipe(ds: lance.LanceDataset) -> Recipe | None:
     """Return the recipe stated in a table's schema, or None if it states none."""
-    stated = (ds.schema.metadata or {}).get(b"qvl.recipe")
+    stated = (ds.schema.metadata or {}).get(RECIPE_METADATA)
     return None if stated is None else Recipe.from_json(stated.decode())
+
+
+def check_recipe(ds: lance.LanceDataset, recipe: Recipe) -> None:
+    """Refuse to write to, or to query, a table with another recipe than its own.
+
+    Raises:
+        RecipeMismatchError: With every field that differs, and what to do.
+    """
+    ours = pa.schema([], metadata={RECIPE_METADATA: recipe.to_json().encode()})
+    refuse_other_recipe(ds.uri, ours, ds.schema)
 
 
 def table_partition(ds: lance.LanceDataset) -> Partition:
@@ -102,4 +113,4 @@ def table_partition(ds: lance.LanceDataset) -> Partition:
 
 def table_collection(ds: lance.LanceDataset) -> str:
     """Return the collection stated in a table's schema; '' if it states none."""
-    return (ds.schema.metadata or {}).get(b"qvl.collection", b"").decode()
+    return (ds.schema.metadata or {}).get(COLLECTION_METADATA.encode(), b"").decode()

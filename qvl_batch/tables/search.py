@@ -121,7 +121,9 @@ def _nearest_bits(
         nearest={
             "column": "vector_bits",
             "q": np.packbits(query > 0),
-            "k": shortlist,
+            # Lance picks any of the rows that tie at the end of its list; with as many again the
+            # global cut falls, by row_id, among rows that are all here.
+            "k": 2 * shortlist,
             "metric": "hamming",
             "use_index": False,
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
@@ -15,8 +16,11 @@ from lance.file import LanceFileSession
 from lance.schema import LanceSchema
 
 from qvl_batch.errors import RecipeMismatchError, StorageError
+from qvl_batch.recipe import differences
 from qvl_batch.storage import Storage, is_local, local_path, scheme_of
 from qvl_batch.tables.layout import table_uri
+
+RECIPE_METADATA = b"qvl.recipe"
 
 _SCHEMES = ("file", "s3", "gs", "az")
 _PROBE = "_qvl_write_probe"
@@ -183,7 +187,7 @@ class TableStore:
         """Return an empty table of this schema, or the one that somebody else just created.
 
         Raises:
-            RecipeMismatchError: If there is a table of another schema.
+            RecipeMismatchError: If there is a table of another schema or recipe.
             StorageError: If it can not be created.
         """
         # Not write_dataset(mode="create"): of two creators at once the second overwrites the first
@@ -209,6 +213,7 @@ class TableStore:
                 f"Table {self.uri(name)} has another schema: {difference}.",
                 "Use the same recipe and manifest columns, or another output.collection.",
             )
+        refuse_other_recipe(self.uri(name), schema, present.schema)
         return present
 
     def check_writable(self) -> None:
@@ -265,6 +270,24 @@ def schema_difference(ours: pa.Schema, theirs: pa.Schema) -> str:
         if mine is None or other is None or not mine.equals(other):
             return f"column {position} is {_field_text(other)}, not {_field_text(mine)}"
     return ""
+
+
+def refuse_other_recipe(uri: str, ours: pa.Schema, theirs: pa.Schema) -> None:
+    """Compare the recipes stated in two schemas; a schema that states none passes.
+
+    Raises:
+        RecipeMismatchError: With every field that differs, and what to do.
+    """
+    stated = [(schema.metadata or {}).get(RECIPE_METADATA) for schema in (ours, theirs)]
+    if None in stated:
+        return
+    found = differences(*(json.loads(text) for text in stated))
+    if found:
+        listed = "; ".join(f"{key} is {other!r}, not {mine!r}" for key, mine, other in found)
+        raise RecipeMismatchError(
+            f"Table {uri} was made by another recipe: {listed}.",
+            "Set recipe back to that, or write to another output.collection.",
+        )
 
 
 def _field_text(field: pa.Field | None) -> str:

@@ -87,9 +87,10 @@ def test_a_unit_doubled(media) -> None:
     assert found(media, "abc") == [("doubled", "c", detail)]
 
 
-def test_one_page_removed_and_another_doubled(media) -> None:
+@pytest.mark.parametrize("removed", [0, 2])
+def test_one_page_removed_and_another_doubled(media, removed) -> None:
     # The count of rows is right, the rows are not.
-    media.open("media").delete("row_id = 'b:0'")
+    media.open("media").delete(f"row_id = 'b:{removed}'")
     rows.add(media, "media", rows.table_rows(["b"], SCHEMA, num_segments=3).slice(1, 1), "m3")
     assert [(kind, unit) for kind, unit, _ in found(media)] == [
         ("doubled", "b"),

@@ -49,6 +49,12 @@ def test_a_value_that_looks_like_a_slug_is_slugged() -> None:
     assert table_name("m", (("k", spoofed),)) != f"m__k-{spoofed}"
 
 
+def test_the_hash_of_a_key_is_never_taken_for_a_value() -> None:
+    slugged = table_name("m", (("a-b", "v"),))
+    digest = re.fullmatch(r"m__a_b.([0-9a-f]{8})-v", slugged)[1]
+    assert table_name("m", (("a_b", f"{digest}-v"),)) != slugged
+
+
 @settings(max_examples=150, deadline=None)
 @given(COLLECTIONS, PARTITIONS)
 def test_names_are_lance_names(collection, partition) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 
 import pyarrow as pa
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvl_batch import schema as schemas
+from qvl_batch.errors import RecipeMismatchError
+from qvl_batch.recipe import ImageBudget
 from qvl_batch.tables import commit, fragments, ledger
 from qvl_batch.tables.layout import FAILURES_TABLE, partition_json
 from tests.tables import rows
@@ -114,3 +117,21 @@ def test_a_table_states_its_recipe_and_partition(store) -> None:
     plain = store.create("plain", pa.schema([pa.field("a", pa.int32())]))
     assert ledger.table_recipe(plain) is None
     assert ledger.table_partition(plain) == ()
+
+
+def test_another_recipe_is_refused_with_the_field_that_differs(store) -> None:
+    ds = store.create("media", SCHEMA)
+    ledger.check_recipe(ds, rows.recipe())
+    other = dataclasses.replace(
+        rows.recipe(), instruction="Find it.", image=ImageBudget(max_px=8192)
+    )
+    with pytest.raises(RecipeMismatchError) as error:
+        ledger.check_recipe(ds, other)
+    text = str(error.value)
+    assert "image.max_px is 1843200, not 8192" in text
+    assert "instruction is \"Represent the user's input.\", not 'Find it.'" in text
+    assert "output.collection" in text
+    # Same columns, another recipe: a table that is already there is not taken.
+    stated = schemas.table_rows(other, [pa.field("dt", pa.string())], {})
+    with pytest.raises(RecipeMismatchError, match="instruction"):
+        store.create("media", stated)

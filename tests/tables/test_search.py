@@ -70,13 +70,13 @@ def test_the_shortlist_is_global(store) -> None:
         packed = rows.encoded(f"{unit}:0", ("binary",))["vector_bits"]
         return int(np.bitwise_count(np.frombuffer(packed, np.uint8) ^ bits).sum())
 
-    limit = sorted(map(hamming, IDS))[11]
-    sure = {unit for unit in IDS if hamming(unit) < limit}
-    possible = {unit for unit in IDS if hamming(unit) <= limit}
+    nearest = sorted((hamming(unit), unit) for unit in IDS)
     found = search(opened, QUERY, 12, shortlist=12)
-    units = {row.removesuffix(":0") for row in found["row_id"].to_pylist()}
-    assert len(units) == 12
-    assert sure <= units <= possible
+    assert nearest[11][0] == nearest[12][0], "the cut shall fall among ties"
+    assert {row.removesuffix(":0") for row in found["row_id"].to_pylist()} == {
+        unit for _, unit in nearest[:12]
+    }
+    assert len(set(found["table"].to_pylist())) == 2
 
 
 def test_ties_are_ordered_by_table_then_row_id(store) -> None:
