@@ -187,13 +187,13 @@ def test_a_tokenizer_without_endoftext_is_refused(checkpoint_copy):
         tokenizer["post_processor"] = None
 
     edit_json(checkpoint_copy / "tokenizer.json", change)
-    with pytest.raises(ModelError, match="does not append <|endoftext|>"):
+    with pytest.raises(ModelError, match=r"does not append <\|endoftext\|>"):
         PromptTokenizer(checkpoint_copy).require_endoftext()
 
 
 def test_other_vision_ids_in_config_are_refused(checkpoint_copy):
     edit_json(checkpoint_copy / "config.json", lambda config: config.update(image_token_id=7))
-    with pytest.raises(ModelError, match="image_token_id 7, tokenizer.json has 1512"):
+    with pytest.raises(ModelError, match=r"image_token_id 7, tokenizer\.json has 1512"):
         PromptTokenizer(checkpoint_copy)
 
 
