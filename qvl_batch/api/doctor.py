@@ -137,7 +137,7 @@ def run_doctor(model: Path, golden: Path, reranker: Path | None = None) -> list[
 def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -> CaseResult:
     units = case.units()
     findings = _Findings()
-    inputs = _decode(units, media, findings)
+    inputs = _decode(units, media, findings, fit=True)
     usable = [i for i, unit in enumerate(inputs) if not isinstance(unit, UnitError)]
     embedded = engine.embed([inputs[i] for i in usable])
     vectors = dict(zip(usable, embedded.columns["vector"], strict=True))
@@ -173,7 +173,7 @@ def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -
 def _rerank_case(case: GoldenCase, engine: RerankEngine, media: GoldenMedia) -> CaseResult:
     query_unit, units, instruction = case.pair_units()
     findings = _Findings()
-    query, *documents = _decode([query_unit, *units], media, findings)
+    query, *documents = _decode([query_unit, *units], media, findings, fit=False)
     stored = case.arrays.get("scores")
     expected = list(stored if stored is not None else case.entry.get("scores") or [])
     scores: list[Any] = [query] * len(documents)
@@ -235,12 +235,12 @@ def _rerank_case(case: GoldenCase, engine: RerankEngine, media: GoldenMedia) -> 
 
 
 def _decode(
-    units: Sequence[GoldenUnit], media: GoldenMedia, findings: _Findings
+    units: Sequence[GoldenUnit], media: GoldenMedia, findings: _Findings, *, fit: bool
 ) -> list[EmbedInput | UnitError]:
     inputs: list[EmbedInput | UnitError] = []
     for unit in units:
         try:
-            inputs.append(media.input_of(unit))
+            inputs.append(media.input_of(unit, fit=fit))
         except UnitError as error:
             inputs.append(error)
         if media.used_documented_total:

@@ -20,14 +20,18 @@ import numpy.typing as npt
 
 from qvl_batch.errors import InputError
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+# By which the official class tells a list of frames from a list of videos.
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tiff", ".svg")
 _LONE_NULL = "<|im_start|>user\nNULL<|im_end|>"
 _NESTED = re.compile(r"<\|vision_start\|><\d+\.\d seconds>")
 
 
 @dataclass(frozen=True, slots=True)
 class GoldenUnit:
-    """One unit as it was fed; paths as written. A frame list is a tuple inside ``videos``."""
+    """One unit as it was fed; paths as written. A frame list is a tuple inside ``videos``.
+
+    ``fps`` and ``max_frames`` hold for video files; None or 0 means the default.
+    """
 
     texts: tuple[str, ...]
     images: tuple[str, ...]
@@ -57,13 +61,17 @@ class GoldenCase:
         return [_unit(item) for item in (fed if isinstance(fed, list) else [fed])]
 
     def pair_units(self) -> tuple[GoldenUnit, list[GoldenUnit], str | None]:
-        """Return query, documents and instruction of a reranking case."""
+        """Return query, documents and instruction of a reranking case.
+
+        Frame rate and number hold for the whole request: the official class ignores those of a
+        document.
+        """
         fed = self.entry["input"]
         shared = {key: fed.get(key) for key in ("fps", "max_frames")}
         documents = fed.get("documents") or []
         return (
-            _unit(shared | (fed.get("query") or {})),
-            [_unit(shared | item) for item in documents],
+            _unit((fed.get("query") or {}) | shared),
+            [_unit(item | shared) for item in documents],
             fed.get("instruction"),
         )
 

@@ -70,8 +70,13 @@ class GoldenMedia:
     def __exit__(self, *_: object) -> None:
         self._decoder.close()
 
-    def input_of(self, unit: GoldenUnit) -> EmbedInput:
+    def input_of(self, unit: GoldenUnit, *, fit: bool) -> EmbedInput:
         """Return the unit decoded.
+
+        Args:
+            unit: Texts and paths.
+            fit: Bring videos that pass the context to the documented total of pixels. The official
+                reranker lets them pass instead.
 
         Raises:
             UnitError: If one of its parts can not be used.
@@ -80,12 +85,15 @@ class GoldenMedia:
         self.used_documented_total = False
         images = tuple(self._image(path) for path in unit.images)
         files = [video for video in unit.videos if isinstance(video, str)]
-        total_px = self._total_px(unit, files, images)
+        total_px = self._total_px(unit, files, images) if fit else None
         videos = tuple(
             self._video(video, unit, total_px) if isinstance(video, str) else self._frames(video)
             for video in unit.videos
+            if video != ()
         )
-        return EmbedInput(unit.texts, images, videos, unit.instruction, uri)
+        # An empty list of frames leaves an empty user turn, where nothing at all would be NULL.
+        texts = unit.texts if unit.texts or images or videos or not unit.videos else ("",)
+        return EmbedInput(texts, images, videos, unit.instruction, uri)
 
     def has_palette_transparency(self, unit: GoldenUnit) -> bool:
         """Whether an image or listed frame of the unit is of that kind."""

@@ -40,7 +40,7 @@ def pack_signs(vectors: torch.Tensor) -> torch.Tensor:
 
     The order is that of ``numpy.packbits``.
     """
-    bits = (vectors > 0).reshape(vectors.shape[0], -1, 8).to(torch.uint8)
+    bits = (vectors > 0).reshape(vectors.shape[0], vectors.shape[1] // 8, 8).to(torch.uint8)
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=vectors.device)
     return (bits * weights).sum(dim=2, dtype=torch.uint8)
 

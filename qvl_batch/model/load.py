@@ -188,7 +188,6 @@ def weights_digest(folder: Path) -> str:
 
 
 def _fetch_from_hub(name: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -215,7 +214,8 @@ def _fetch_from_hub(name: str, revision: str | None) -> Path:
             f"There is no folder {name} and no hub model of that name (or it is private).",
             "Check the name; for a private one log in: hf auth login.",
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    # The hub error's bases are OSError and whatever this version's HTTP client raises.
+    except (LocalEntryNotFoundError, *HfHubHTTPError.__bases__) as error:
         raise ModelError(
             f"There is no folder {name}, and the hub can not be reached for a model of that name "
             f"({type(error).__name__}).",

@@ -72,6 +72,8 @@ def shape_of(part: Vision | PartPlan) -> VisionShape:
         height, width = part.height_px, part.width_px
     else:
         _, height, width, _ = part.pixels.shape
+        if part.grid[0] != max(1, len(part.seconds)):
+            raise ValueError(f"{part.grid[0]} pairs of frames, {len(part.seconds)} times")
     return VisionShape(height // FACTOR_PX, width // FACTOR_PX, part.seconds)
 
 
@@ -273,7 +275,8 @@ class PromptTokenizer:
         which keeps only the appended ``<|endoftext|>`` and so loses the assistant header.
 
         Raises:
-            EmbedFailedError: If the cut would fall inside vision tokens.
+            EmbedFailedError: If the cut would fall inside vision tokens, or a text is not valid
+                Unicode.
         """
         pieces = self._embed_pieces(
             unit.texts,
@@ -281,7 +284,7 @@ class PromptTokenizer:
             [shape_of(vision) for vision in unit.videos],
             unit.instruction,
         )
-        ids, spans = self._assemble(pieces)
+        ids, spans = self._assemble(pieces, unit.uri)
         whole = len(ids) + len(self._suffix)
         if whole > self.max_tokens:
             keep = self.max_tokens - len(self._suffix)
@@ -299,10 +302,11 @@ class PromptTokenizer:
 
         Source: the official reranker. Its instruction is used verbatim; nothing stands between the
         instruction and ``<Query>:``. Its cut keeps every special token, fills up to ``max_tokens``
-        with the first other tokens, and re-appends the last 5 ids: up to ``max_tokens + 5``.
+        with the first other tokens, and re-appends the last 5 ids: ``max_tokens + 5`` in all, more
+        only if the special ones alone are more.
 
         Raises:
-            EmbedFailedError: If the special tokens alone pass the context.
+            EmbedFailedError: If a text is not valid Unicode.
         """
         pieces: list[_Piece] = [
             ("<|im_start|>",),
@@ -319,25 +323,17 @@ class PromptTokenizer:
             ("<|im_start|>",),
             "assistant\n",
         ]
-        ids, spans = self._assemble(pieces)
+        ids, spans = self._assemble(pieces, document.uri)
         ids += self._suffix
         whole = len(ids)
         if whole > self.max_tokens + RERANK_TAIL_TOKENS:
-            ids, spans = self._cut_pair(ids, spans, document.uri)
+            ids, spans = self._cut_pair(ids, spans)
         return PromptIds(np.array(ids, np.int64), tuple(spans), whole)
 
-    def _cut_pair(
-        self, ids: list[int], spans: list[Span], uri: str
-    ) -> tuple[list[int], list[Span]]:
+    def _cut_pair(self, ids: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
         head = np.array(ids[:-RERANK_TAIL_TOKENS])
         is_special = np.isin(head, list(self.special.values()))
         room = self.max_tokens - int(is_special.sum())
-        if room < 0:
-            raise EmbedFailedError(
-                uri,
-                f"needs {int(is_special.sum())} vision and control tokens, the context is "
-                f"{self.max_tokens}",
-            )
         kept = is_special | (np.cumsum(~is_special) <= room)
         # How many tokens before a position survive: where its span moves to.
         moved = np.concatenate([[0], np.cumsum(kept)])
@@ -381,12 +377,16 @@ class PromptTokenizer:
         yield ("<|im_start|>",)
         yield "assistant\n"
 
-    def _assemble(self, pieces: Iterable[_Piece]) -> tuple[list[int], list[Span]]:
+    def _assemble(self, pieces: Iterable[_Piece], uri: str) -> tuple[list[int], list[Span]]:
         ids = list(self._prefix)
         spans = []
         for piece in _merged(pieces):
             if isinstance(piece, str):
-                ids += self._ids(piece)
+                try:
+                    ids += self._ids(piece)
+                except TypeError:
+                    # How tokenizers answers half a surrogate pair.
+                    raise EmbedFailedError(uri, "the text is not valid Unicode") from None
             elif len(piece) == 3:
                 name, rows, columns = piece
                 spans.append(Span(len(ids), rows, columns))
