@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from lance.file import LanceFileSession
 
 from qvl_batch.errors import RecipeMismatchError, StorageError
 from qvl_batch.storage import Storage
@@ -86,7 +87,12 @@ def test_damage_is_an_error_and_not_absence(store) -> None:
     assert "media.lance" in one_line(error)
 
 
-def test_check_writable_creates_the_root_and_leaves_nothing(tmp_path) -> None:
+def test_check_writable_leaves_nothing_behind(any_store) -> None:
+    any_store.check_writable()
+    assert LanceFileSession(any_store.root, storage_options=any_store.options).list() == []
+
+
+def test_check_writable_creates_a_local_root(tmp_path) -> None:
     store = TableStore(str(tmp_path / "root"))
     store.check_writable()
     assert os.listdir(store.root) == []
