@@ -6,7 +6,6 @@ shared credentials file, instance or workload identity).
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from dataclasses import dataclass
@@ -144,58 +143,3 @@ class Storage:
         if self.anonymous:
             options["aws_skip_signature"] = "true"
         return options
-
-
-def explain(error: Exception, uri: str) -> StorageError:
-    """Turn an error of fsspec, botocore or the operating system into one line with a remedy.
-
-    Only names and codes are kept: a message may hold signed URLs.
-    """
-    code = ""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    if isinstance(response, dict):
-        code = str(response.get("Error", {}).get("Code", ""))
-    name = type(error).__name__
-    text = f"{name} {code} {error}"
-    if "NoCredentials" in text or "PartialCredentials" in text:
-        return StorageError(
-            f"No credentials for {uri}.",
-            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a shared credentials file or an "
-            "instance identity; or storage.anonymous for public buckets.",
-        )
-    if any(
-        word in text for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
-    ):
-        return StorageError(f"The credentials are refused at {uri}.", "Check key, secret, region.")
-    if "NoSuchBucket" in text or "bucket does not exist" in text:
-        return StorageError(
-            f"There is no bucket for {uri}.", "Check its name, endpoint and region."
-        )
-    if isinstance(error, PermissionError) or any(
-        word in text for word in ("AccessDenied", "Forbidden", " 403 ")
-    ):
-        return StorageError(
-            f"Access to {uri} is denied.", "Check the credentials and their permissions."
-        )
-    if any(
-        word in text
-        for word in (
-            "EndpointConnection",
-            "ConnectTimeout",
-            "ConnectionClosed",
-            "Cannot connect",
-            "ClientConnector",
-            "ConnectionRefused",
-        )
-    ):
-        return StorageError(
-            f"{uri} can not be reached.", "Check the network and storage.endpoint_url."
-        )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return StorageError(f"No space is left for {uri}.", "Free some and run this again.")
-    if isinstance(error, OSError) and error.errno == errno.EROFS:
-        return StorageError(f"{uri} lies on a read-only file system.", "Choose another place.")
-    if isinstance(error, FileNotFoundError):
-        return StorageError(f"There is nothing at {uri}.", "Check the address.")
-    detail = code or (error.strerror if isinstance(error, OSError) else "") or name
-    return StorageError(f"{uri} can not be read or written ({detail}).", "Check the place.")

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from qvl_batch import budget, schema
 from qvl_batch.errors import ManifestError
+from qvl_batch.media.objects import explained, first_page
 from qvl_batch.recipe import Recipe
-from qvl_batch.storage import Storage, explain
+from qvl_batch.storage import Storage, scheme_of
 from qvl_batch.tables.layout import Partition, partition_json, table_name
 from qvl_batch.tables.ledger import done_units, failed_units
 from qvl_batch.tables.store import TableStore
@@ -112,20 +113,23 @@ def read_manifest(path: str, storage: Storage, partition_by: Sequence[str] | Non
         ManifestError: If it is missing, empty, no Parquet, or a column or value is not allowed.
         StorageError: If the place can not be reached.
     """
+    if scheme_of(path) == "s3":
+        # Tells a wrong bucket, endpoint or key within seconds; reading would try for minutes.
+        first_page(path, storage)
     fs = storage.filesystem(path)
-    try:
-        table = pq.read_table(fs._strip_protocol(path), filesystem=fs, partitioning=None)
-    except FileNotFoundError:
-        raise ManifestError(
-            f"There is no manifest at {path}.", "`qvl-batch manifest SOURCE OUT.parquet` makes one."
-        ) from None
-    except pa.ArrowInvalid as error:
-        raise ManifestError(
-            f"{path} is not a Parquet file ({str(error).splitlines()[0]}).",
-            "`qvl-batch manifest SOURCE OUT.parquet` makes one, also from JSONL and CSV lists.",
-        ) from None
-    except Exception as error:  # botocore, aiohttp and OS errors share no base
-        raise explain(error, path) from None
+    with explained(path, storage):
+        if not fs.exists(path):
+            raise ManifestError(
+                f"There is no manifest at {path}.",
+                "`qvl-batch manifest SOURCE OUT.parquet` makes one.",
+            )
+        try:
+            table = pq.read_table(fs._strip_protocol(path), filesystem=fs, partitioning=None)
+        except pa.ArrowInvalid as error:
+            raise ManifestError(
+                f"{path} is not a Parquet file ({str(error).splitlines()[0]}).",
+                "`qvl-batch manifest SOURCE OUT.parquet` makes one, also from JSONL and CSV lists.",
+            ) from None
     return check_manifest(path, table, partition_by)
 
 

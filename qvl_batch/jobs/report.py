@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from qvl_batch.errors import InvariantBrokenError
 from qvl_batch.jobs.commit_loop import Counts
 from qvl_batch.jobs.plan import Plan
+from qvl_batch.media.objects import explained
 from qvl_batch.recipe import Recipe
-from qvl_batch.storage import Storage, join
+from qvl_batch.storage import Storage, is_local, join
 
 REPORTS_FOLDER = "_qvl_runs"
 
@@ -99,6 +100,8 @@ def write_report(report: RunReport, root: str, storage: Storage) -> str:
     uri = join(root, REPORTS_FOLDER, f"{report.run_id}.json")
     fs = storage.filesystem(uri)
     path = fs._strip_protocol(uri)
-    fs.makedirs(fs._parent(path), exist_ok=True)
-    fs.pipe_file(path, report.to_json().encode())
+    with explained(uri, storage):
+        if is_local(uri):
+            fs.makedirs(fs._parent(path), exist_ok=True)
+        fs.pipe_file(path, report.to_json().encode())
     return uri
