@@ -119,6 +119,8 @@ class VideoMedium:
                 num_frames = len(self._pts)
         except _LIBRARY_ERRORS as error:
             raise CorruptMediaError(uri, _reason(error)) from None
+        if not num_frames:
+            raise CorruptMediaError(uri, "no frame is shown, or none is complete")
         rotation = _quarter_turns(first_frame)
         width, height = first_frame.width, first_frame.height
         if rotation % 2:

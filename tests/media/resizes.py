@@ -19,6 +19,13 @@ def crop(frame: Frame, height_px: int, width_px: int) -> Frame:
     return np.ascontiguousarray(frame[:height_px, :width_px])
 
 
+def stretch(frame: Frame, height_px: int, width_px: int) -> Frame:
+    """Nearest neighbour: any size from any size."""
+    rows = np.arange(height_px) * frame.shape[0] // height_px
+    columns = np.arange(width_px) * frame.shape[1] // width_px
+    return frame[rows][:, columns]
+
+
 def hang(frame: Frame, height_px: int, width_px: int) -> Frame:
     time.sleep(600)
     return crop(frame, height_px, width_px)

@@ -141,6 +141,12 @@ def test_damage_in_the_middle_fails():
         decoded(medium, list(range(60)))
 
 
+def test_a_video_of_which_no_frame_is_complete_is_corrupt():
+    data = clip(1, mux={"movflags": "faststart"})
+    with pytest.raises(CorruptMediaError):
+        opened(data[:-40])
+
+
 def test_without_its_index_a_file_is_corrupt():
     data = clip(20)
     with pytest.raises(CorruptMediaError):
