@@ -132,6 +132,16 @@ def test_long_text_is_cut_as_the_tokenizer_cuts(embedding_folder, prompts):
     assert not prompts.encode(EmbedInput(texts=("short",))).truncated
 
 
+def test_uncuttable_tokens_decide_what_can_be_embedded(embedding_folder):
+    """A context of exactly that many tokens takes the picture, one token less does not."""
+    plan, unit = PartPlan(0, (0,), 96, 128), EmbedInput(("long " * 99,), (picture(0, 128, 96),))
+    least = PromptTokenizer(embedding_folder).count_uncuttable(plans=[plan])
+    fitting = PromptTokenizer(embedding_folder, max_tokens=least).encode(unit)
+    assert fitting.spans[-1].end + 1 == len(fitting.ids) == least
+    with pytest.raises(EmbedFailedError):
+        PromptTokenizer(embedding_folder, max_tokens=least - 1).encode(unit)
+
+
 def test_the_cut_never_falls_into_an_image(embedding_folder):
     short = PromptTokenizer(embedding_folder, max_tokens=64)
     fits = short.encode(EmbedInput(texts=("word " * 99,), images=(picture(0, 128, 128),)))
