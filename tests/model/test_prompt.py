@@ -6,7 +6,6 @@ import unicodedata
 
 import numpy as np
 import pytest
-from conftest import clip, edit_json, picture
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from qvl_batch.errors import EmbedFailedError, ModelError
 from qvl_batch.model.prompt import RERANK_SYSTEM, PromptTokenizer
 from qvl_batch.units import EmbedInput, PartPlan
+from tests.model.model_inputs import clip, edit_json, picture
 
 TEXTS = st.lists(
     st.one_of(
