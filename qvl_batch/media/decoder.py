@@ -46,8 +46,8 @@ class DecodeLimits:
 
     Args:
         timeout_s: Wall time in the decoder, summed over its calls.
-        memory_bytes: Resident memory of the child, its Python and libraries included (about 100 MB,
-            with the resizing of video frames about 400 MB).
+        memory_bytes: Resident memory of the child, its Python and libraries included (about 50 MB,
+            with torch for the resizing of video frames about 300 MB).
         max_image_px: Pixels of an image, a video frame or a rendered page, before the resize.
         max_text_bytes: Size of a text file.
     """

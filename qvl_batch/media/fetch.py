@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import io
+import itertools
 import os
 import random
 import re
 import stat
 import tempfile
-import time
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -210,32 +212,22 @@ class Fetcher:
         """
         request = FetchRequest(
             uri=uri,
-            etag=etag.strip('"') if etag else None,
+            etag=etag,
             size_bytes=size_bytes,
             byte_offset=byte_offset,
             byte_length=byte_length,
         )
-        shown = printable_uri(uri)
-        self._check_request(request, shown)
-        read = self._read_local if is_local(uri) else self._read_remote
-        for attempt in range(1, self._limits.attempts + 1):
-            try:
-                return read(request, shown)
-            except TransientReadError as error:
-                if attempt == self._limits.attempts:
-                    raise FetchError(shown, f"{error} ({attempt} attempts)") from None
-                first_s, most_s = _BACKOFF_S
-                # Full jitter: workers that were throttled together must not come back together.
-                time.sleep(random.uniform(0, min(most_s, first_s * 2**attempt)))
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        return self._fetch(request, threading.Event())
 
     def fetch_all(self, requests: Iterable[FetchRequest]) -> Iterator[Source | UnitError]:
         """Yield one source or error per request, in order, reading ahead with threads.
 
         At most ``2 x threads`` objects and `max_ahead_bytes` (but always one object) are read or
-        held ahead. The caller closes every source; those not taken are closed here.
+        held ahead. The caller closes every source; those not taken are closed here. An early end
+        does not wait for reads under way: they give up at their next try.
         """
         limits = self._limits
+        stop = threading.Event()
         ahead: deque[tuple[concurrent.futures.Future[Source | UnitError], int]] = deque()
         ahead_bytes = 0
         pending = iter(requests)
@@ -247,33 +239,38 @@ class Fetcher:
                     weight = self._weight(upcoming)
                     if ahead and ahead_bytes + weight > limits.max_ahead_bytes:
                         break
-                    ahead.append((pool.submit(self._fetch_or_error, upcoming), weight))
+                    ahead.append((pool.submit(self._fetch_or_error, upcoming, stop), weight))
                     ahead_bytes += weight
                     upcoming = next(pending, None)
                 future, weight = ahead.popleft()
                 ahead_bytes -= weight
                 yield future.result()
         finally:
+            stop.set()
             for future, _ in ahead:
-                future.cancel()
-            pool.shutdown(wait=True)
-            for future, _ in ahead:
-                if not future.cancelled() and future.exception() is None:
-                    result = future.result()
-                    if isinstance(result, Source):
-                        result.close()
+                future.add_done_callback(_close_result)
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fetch_or_error(self, request: FetchRequest) -> Source | UnitError:
+    def _fetch_or_error(self, request: FetchRequest, stop: threading.Event) -> Source | UnitError:
         try:
-            return self.fetch(
-                request.uri,
-                etag=request.etag,
-                size_bytes=request.size_bytes,
-                byte_offset=request.byte_offset,
-                byte_length=request.byte_length,
-            )
+            return self._fetch(request, stop)
         except UnitError as error:
             return error
+
+    def _fetch(self, request: FetchRequest, stop: threading.Event) -> Source:
+        shown = printable_uri(request.uri)
+        self._check_request(request, shown)
+        read = self._read_local if is_local(request.uri) else self._read_remote
+        for attempt in itertools.count(1):
+            try:
+                return read(request, shown)
+            except TransientReadError as error:
+                if attempt == self._limits.attempts or stop.is_set():
+                    raise FetchError(shown, f"{error} ({attempt} attempts)") from None
+            first_s, most_s = _BACKOFF_S
+            # Full jitter: workers that were throttled together must not come back together.
+            stop.wait(random.uniform(0, min(most_s, first_s * 2**attempt)))
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _weight(self, request: FetchRequest) -> int:
         size = request.byte_length or request.size_bytes
@@ -304,8 +301,9 @@ class Fetcher:
     def _check_identity(
         self, request: FetchRequest, shown: str, etag: str | None, object_bytes: int | None
     ) -> None:
-        if request.etag and etag and etag != request.etag:
-            raise ChangedMediaError(shown, f"etag is {etag}, the manifest lists {request.etag}")
+        listed = request.etag.strip('"') if request.etag else None
+        if listed and etag and etag != listed:
+            raise ChangedMediaError(shown, f"etag is {etag}, the manifest lists {listed}")
         known = None not in (request.size_bytes, object_bytes)
         if known and request.is_whole and request.size_bytes != object_bytes:
             raise ChangedMediaError(
@@ -340,7 +338,11 @@ class Fetcher:
             raise MissingMediaError(shown, "no such file") from None
         except PermissionError:
             raise AccessDeniedError(shown, "the file may not be read") from None
-        except (OSError, ValueError) as error:
+        except ValueError:
+            raise MissingMediaError(shown, "no path may hold a NUL character") from None
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise MissingMediaError(shown, f"no such file: {error.strerror}") from None
             raise TransientReadError(f"{type(error).__name__}: {error}") from None
         with open(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)
@@ -377,6 +379,13 @@ def _open_regular(path: str, shown: str) -> int:
         os.close(descriptor)
         raise AccessDeniedError(shown, "not a regular file")
     return descriptor
+
+
+def _close_result(future: concurrent.futures.Future[Source | UnitError]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        result = future.result()
+        if isinstance(result, Source):
+            result.close()
 
 
 class _Spool:

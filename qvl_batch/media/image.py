@@ -37,10 +37,11 @@ class ImageMedium:
 
     def __init__(self, file: BinaryIO, *, uri: str, max_image_px: int) -> None:
         self._uri = uri
+        limit_of_others = Image.MAX_IMAGE_PIXELS
         try:
             with warnings.catch_warnings():
+                # Pillow warns at the limit and refuses at twice the limit: both refuse here.
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                # Both the warning at 1x and the error at 2x the limit end up as one refusal at 1x.
                 Image.MAX_IMAGE_PIXELS = max_image_px
                 self._image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -51,6 +52,8 @@ class ImageMedium:
             # Plugins raise whatever they meet in malformed bytes: OSError, SyntaxError,
             # struct.error, ValueError, IndexError, KeyError, zlib.error, …
             raise CorruptMediaError(uri, _reason(error)) from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit_of_others
         width, height = self._image.size
         self.header = Header(kind="image", width_px=width, height_px=height)
 

@@ -104,7 +104,9 @@ def _read_s3(
         raise PermissionError(str(e)) from None
     except boto.ParamValidationError:
         raise FileNotFoundError(uri) from None
-    except (boto.BotoCoreError, HttpError, ConnectionError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (boto.BotoCoreError, HttpError, OSError) as error:
         raise TransientReadError(f"{type(error).__name__}: {error}") from None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import select
@@ -45,14 +47,19 @@ class ChildProcess:
         self._memory_bytes = memory_bytes
         self._next_look = 0.0
         with tempfile.TemporaryFile() as complaints:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "qvl_batch.media.child", str(os.getpid())],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=complaints,
-                bufsize=0,
-                env=_environment(),
-                close_fds=True,
+            self._process = (
+                _spawner(os.getpid())
+                .submit(
+                    subprocess.Popen,
+                    [sys.executable, "-m", "qvl_batch.media.child", str(os.getpid())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=complaints,
+                    bufsize=0,
+                    env=_environment(),
+                    close_fds=True,
+                )
+                .result()
             )
             self._requests, self._answers = self._process.stdin, self._process.stdout
             os.set_blocking(self._requests.fileno(), False)
@@ -150,7 +157,8 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             return "the decoder closed its pipe"
         if status < 0:
-            return f"the decoder died of {signal.Signals(-status).name}"
+            known = {number.value: number.name for number in signal.Signals}
+            return f"the decoder died of {known.get(-status, f'signal {-status}')}"
         return f"the decoder ended by itself with status {status}"
 
 
@@ -161,6 +169,17 @@ def resident_bytes(pid: int) -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
+
+
+@functools.cache
+def _spawner(pid: int) -> concurrent.futures.Executor:
+    """Return a thread of this process that lives as long as the process does.
+
+    The kernel ends a child when the *thread* that started it ends: started from the caller's own,
+    it would not survive a thread pool. The key is the process, since threads do not survive a fork.
+    """
+    del pid
+    return concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="decoder-parent")
 
 
 def _environment() -> dict[str, str]:

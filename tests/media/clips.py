@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -37,14 +37,17 @@ def clip(
     b_frames: int = 0,
     times: list[int] | None = None,
     mux: dict[str, str] | None = None,
+    pix_fmt: str = "yuv420p",
 ) -> bytes:
     """A video of `moving_picture`s; ``times`` are pts in 1/1000 s for a variable rate."""
     # A file with a name: moving the index to the front reads the output again.
-    file = tempfile.NamedTemporaryFile(suffix=f".{container}")
-    with file, av.open(file.name, "w", format=container, options=mux or {}) as output:
+    with (
+        tempfile.NamedTemporaryFile(suffix=f".{container}") as file,
+        av.open(file.name, "w", format=container, options=mux or {}) as output,
+    ):
         stream = output.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         stream.codec_context.gop_size = gop
         stream.codec_context.max_b_frames = b_frames
         stream.codec_context.thread_count = 1
@@ -74,15 +77,16 @@ def with_rotation(mp4: bytes, degrees: int) -> bytes:
     return mp4[:at] + packed + mp4[at + len(packed) :]
 
 
-def all_frames(data: bytes) -> list[npt.NDArray[np.uint8]]:
-    """Every frame of a video, decoded from first to last without any of the code under test."""
-    return list(_decoded(data))
+def all_frames(data: bytes) -> Iterator[npt.NDArray[np.uint8]]:
+    """Every frame of a video, decoded from first to last without any of the code under test.
 
-
-def _decoded(data: bytes) -> Iterator[npt.NDArray[np.uint8]]:
+    Packets whose bytes are not all there are left out.
+    """
     with av.open(io.BytesIO(data)) as container:
-        for frame in container.decode(container.streams.best("video")):
-            yield frame.to_ndarray(format="rgb24")
+        for packet in container.demux(container.streams.video[0]):
+            if not packet.is_corrupt:
+                for frame in packet.decode():
+                    yield frame.to_ndarray(format="rgb24")
 
 
 def image_bytes(image: Image.Image, name: str = "PNG", **options: object) -> bytes:
@@ -91,25 +95,37 @@ def image_bytes(image: Image.Image, name: str = "PNG", **options: object) -> byt
     return file.getvalue()
 
 
-def pdf(*sizes_pt: tuple[float, float], extra: str = "", content: bytes = b"") -> bytes:
-    """A hand-written PDF with one page a size; ``content`` is drawn on every page."""
+def pdf(
+    *sizes_pt: tuple[float, float],
+    content: bytes = b"",
+    catalog: str = "",
+    page: str = "",
+    trailer: str = "",
+    objects: Sequence[str] = (),
+) -> bytes:
+    """A hand-written PDF with one page a size; ``content`` is drawn on every page.
+
+    ``catalog``, ``page`` and ``trailer`` are further entries of those dictionaries; ``objects`` are
+    further ones, numbered from 4 + the number of pages.
+    """
     kids = " ".join(f"{4 + i} 0 R" for i in range(len(sizes_pt)))
-    objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>",
+    bodies = [
+        f"<< /Type /Catalog /Pages 2 0 R {catalog} >>",
         f"<< /Type /Pages /Kids [{kids}] /Count {len(sizes_pt)} >>",
         f"<< /Length {len(content)} >>\nstream\n{content.decode()}\nendstream",
         *(
-            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {w} {h}] /Contents 3 0 R {extra} >>"
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {w} {h}] /Contents 3 0 R {page} >>"
             for w, h in sizes_pt
         ),
+        *objects,
     ]
     out = b"%PDF-1.4\n"
     offsets = []
-    for number, body in enumerate(objects, start=1):
+    for number, body in enumerate(bodies, start=1):
         offsets.append(len(out))
         out += f"{number} 0 obj\n{body}\nendobj\n".encode()
     start = len(out)
-    out += f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n".encode()
+    out += f"xref\n0 {len(bodies) + 1}\n0000000000 65535 f \n".encode()
     out += b"".join(f"{offset:010} 00000 n \n".encode() for offset in offsets)
-    out += f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\n".encode()
+    out += f"trailer\n<< /Size {len(bodies) + 1} /Root 1 0 R {trailer} >>\n".encode()
     return out + f"startxref\n{start}\n%%EOF\n".encode()

@@ -1,0 +1,100 @@
+"""Access to a checkpoint for the embed job: what the driver asks of it and what workers load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from qvl_batch.config import ModelSection
+from qvl_batch.recipe import Recipe
+from qvl_batch.storage import Storage
+from qvl_batch.units import Engine
+
+
+class Model(Protocol):
+    """What the embed job needs of a model; pickled to the workers."""
+
+    resize: str
+
+    def digest(self) -> str:
+        """Return the digest of the weights."""
+        ...
+
+    def dim(self) -> int:
+        """Return the full width of its vectors."""
+        ...
+
+    def stated(self) -> dict[str, str]:
+        """Return what tables state of the model beside the recipe (not hashed)."""
+        ...
+
+    def load_engine(self, recipe: Recipe) -> Engine:
+        """Load the weights."""
+        ...
+
+    def load_counter(self, recipe: Recipe) -> Callable[..., int]:
+        """Return the function that counts a prompt's tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class QwenCheckpoint:
+    """A Qwen3-VL-Embedding checkpoint: a local folder, a hub id, or an object-store folder."""
+
+    section: ModelSection
+    storage: Storage
+    batch_tokens: int = 16_384
+    threads: int | None = None
+    resize: str = "qvl_batch.model.resize:resize_frame"
+
+    @cached_property
+    def folder(self) -> Path:
+        from qvl_batch.model.load import resolve_model
+
+        return resolve_model(self.section.path, self.section.revision, self.storage)
+
+    def digest(self) -> str:
+        from qvl_batch.model.load import weights_digest
+
+        return weights_digest(self.folder)
+
+    def dim(self) -> int:
+        from qvl_batch.model.load import full_dim
+
+        return full_dim(self.folder)
+
+    def stated(self) -> dict[str, str]:
+        return {
+            "qvl.model": self.section.path,
+            "qvl.revision": self.section.revision or "",
+            "qvl.dtype": self.section.dtype,
+            "qvl.query_instruction": self.section.query_instruction,
+        }
+
+    def load_engine(self, recipe: Recipe) -> Engine:
+        from qvl_batch.model.engine import EmbedEngine
+
+        return EmbedEngine(
+            self.folder,
+            dim=recipe.dim,
+            encodings=recipe.encodings,
+            instruction=recipe.instruction,
+            max_tokens=recipe.max_tokens,
+            token_layout=recipe.token_layout,
+            dtype=self.section.dtype,
+            batch_tokens=self.batch_tokens,
+            threads=self.threads,
+        )
+
+    def load_counter(self, recipe: Recipe) -> Callable[..., int]:
+        from qvl_batch.model.prompt import PromptTokenizer
+
+        return PromptTokenizer(
+            self.folder,
+            default_instruction=recipe.instruction,
+            max_tokens=recipe.max_tokens,
+            token_layout=recipe.token_layout,
+        ).count

@@ -1,0 +1,381 @@
+"""The stages of the embed job: plain callables on Arrow tables, no Ray in sight.
+
+Each returns one table per input table, one row a unit, in the order given: a replayed task must
+deliver the same blocks again. What a unit can do wrong ends in its `_failure`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qvl_batch import budget, schema
+from qvl_batch.errors import QvlError, UnitError
+from qvl_batch.media.decoder import DecodeLimits, Decoder
+from qvl_batch.media.fetch import Fetcher, FetchLimits, FetchRequest, Source
+from qvl_batch.recipe import Recipe
+from qvl_batch.storage import Storage
+from qvl_batch.tables.fragments import explode, failure_rows, write_fragments
+from qvl_batch.units import EmbedInput, Engine, PartPlan, Vision
+
+CountTokens = Callable[..., int]
+
+
+def failure_value(error: UnitError) -> dict[str, Any]:
+    """Return a `schema.FAILURE` value of an error."""
+    return {
+        "stage": error.stage,
+        "error_type": type(error).__name__,
+        "message": error.reason,
+        "retryable": error.retryable,
+    }
+
+
+# The unit was handed out after the run was told to stop: it is neither done nor failed.
+NOT_STARTED = {"stage": "stopped", "error_type": "", "message": "", "retryable": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeMedia:
+    """Fetch, verify, decode and resize: units in, frames at their final size out.
+
+    Args:
+        storage: How object stores are reached.
+        recipe: The budgets.
+        fetch_limits: Bounds of reading.
+        decode_limits: Bounds of the decoding process.
+        resize: Import path of the frame resize, called in the decoding process.
+        load_counter: Gives the function that counts a prompt's tokens; called once.
+        may_start: Asked with the first ordinal of a block; False once the run is stopping.
+    """
+
+    storage: Storage
+    recipe: Recipe
+    fetch_limits: FetchLimits
+    decode_limits: DecodeLimits
+    resize: str
+    load_counter: Callable[[], CountTokens]
+    may_start: Callable[[int], bool] = lambda _: True
+
+    def open(self) -> DecodingWorker:
+        """Start the decoding process and whatever lives as long as an actor does."""
+        return DecodingWorker(self)
+
+
+class DecodingWorker:
+    """A `DecodeMedia` at work: owns the decoding process and the connections."""
+
+    def __init__(self, stage: DecodeMedia) -> None:
+        self._stage = stage
+        self._fetcher = Fetcher(stage.storage, stage.fetch_limits)
+        self._decoder = Decoder(stage.decode_limits, stage.resize)
+        self._count_tokens = stage.load_counter()
+
+    def close(self) -> None:
+        self._decoder.close()
+
+    def __call__(self, units: pa.Table) -> pa.Table:
+        """Return `schema.decoded` of the units, in their order."""
+        if units.num_rows and not self._stage.may_start(units["_ordinal"][0].as_py()):
+            outcomes: list[_Decoded] = [_Decoded(failure=NOT_STARTED)] * units.num_rows
+        else:
+            outcomes = list(self._decode_all(units))
+        texts = [
+            outcome.text if outcome.text is not None else given
+            for outcome, given in zip(outcomes, units["text"].to_pylist(), strict=True)
+        ]
+        place = units.column_names.index("text")
+        with_texts = units.set_column(place, units.schema.field("text"), pa.array(texts, "string"))
+        return (
+            with_texts.append_column(
+                pa.field("_parts", pa.list_(schema.PART)), _parts_array(outcomes)
+            )
+            .append_column(
+                pa.field("_failure", schema.FAILURE),
+                pa.array([outcome.failure for outcome in outcomes], schema.FAILURE),
+            )
+            .cast(schema.decoded(units.schema))
+        )
+
+    def _decode_all(self, units: pa.Table) -> Iterator[_Decoded]:
+        rows = units.select(schema.MANIFEST.names).to_pylist()
+        is_inline = [row["kind"] == "text" and row["text"] is not None for row in rows]
+        requests = [
+            FetchRequest(
+                uri=row["uri"],
+                etag=row["etag"],
+                size_bytes=row["size_bytes"],
+                byte_offset=row["byte_offset"],
+                byte_length=row["byte_length"],
+            )
+            for row, inline in zip(rows, is_inline, strict=True)
+            if not inline
+        ]
+        sources = self._fetcher.fetch_all(requests)
+        for row, inline in zip(rows, is_inline, strict=True):
+            if inline:
+                yield _Decoded()
+                continue
+            source = next(sources)
+            if isinstance(source, UnitError):
+                yield _Decoded(failure=failure_value(source))
+                continue
+            with source:
+                yield self._decode_one(row, source)
+
+    def _decode_one(self, row: Mapping[str, Any], source: Source) -> _Decoded:
+        recipe = self._stage.recipe
+        try:
+            header = self._decoder.open(source, row["kind"], dpi=recipe.document.dpi)
+            if header.kind == "text":
+                return _Decoded(text=self._decoder.text())
+            plans = budget.plan_unit(
+                header,
+                recipe,
+                budget.Context(self._counter_of(row), recipe.max_tokens),
+                uri=row["uri"],
+                fps=row["fps"],
+                max_frames=row["max_frames"],
+            )
+            return _Decoded(parts=list(zip(plans, self._decoder.decode(plans), strict=True)))
+        except UnitError as error:
+            return _Decoded(failure=failure_value(error))
+
+    def _counter_of(self, row: Mapping[str, Any]) -> Callable[[PartPlan], int]:
+        texts = (row["text"],) if row["text"] is not None else ()
+
+        def count(plan: PartPlan) -> int:
+            return self._count_tokens(texts=texts, instruction=row["instruction"], plans=[plan])
+
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    parts: Sequence[tuple[PartPlan, npt.NDArray[np.uint8]]] = ()
+    text: str | None = None
+    failure: Mapping[str, Any] | None = None
+
+
+def _parts_array(outcomes: Sequence[_Decoded]) -> pa.Array:
+    parts = [part for outcome in outcomes for part in outcome.parts]
+    plans = [plan for plan, _ in parts]
+    columns = {
+        "segment": [plan.segment for plan in plans],
+        "page": [plan.page for plan in plans],
+        "start_s": [plan.start_s for plan in plans],
+        "end_s": [plan.end_s for plan in plans],
+        "width_px": [plan.width_px for plan in plans],
+        "height_px": [plan.height_px for plan in plans],
+        "num_frames": [plan.num_frames for plan in plans],
+        "seconds": [plan.seconds for plan in plans],
+    }
+    arrays = [pa.array(values, schema.PART.field(name).type) for name, values in columns.items()]
+    arrays.append(_binary_array([np.ascontiguousarray(pixels) for _, pixels in parts]))
+    structs = pa.StructArray.from_arrays(arrays, fields=list(schema.PART))
+    offsets = np.cumsum([0, *(len(outcome.parts) for outcome in outcomes)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), structs)
+
+
+def _binary_array(blobs: Sequence[npt.NDArray[np.uint8]]) -> pa.Array:
+    """Return a large_binary array with one copy of the pixels, not two."""
+    offsets = np.cumsum([0, *(blob.nbytes for blob in blobs)], dtype=np.int64)
+    data = np.empty(int(offsets[-1]), np.uint8)
+    for blob, start in zip(blobs, offsets, strict=False):
+        data[start : start + blob.nbytes] = blob.reshape(-1)
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(blobs), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    )
+
+
+class EmbedMedia:
+    """Frames and texts in, encoded vectors out; owns the engine.
+
+    An error of ours while loading is raised at the first call: an actor that dies in its
+    constructor reaches the driver as a death, without its reason.
+    """
+
+    def __init__(self, load: Callable[[], Engine]) -> None:
+        self._broken: QvlError | None = None
+        try:
+            self._engine = load()
+        except QvlError as error:
+            self._broken = error
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        """Return `schema.embedded` of the units, in their order."""
+        if self._broken is not None:
+            raise self._broken
+        units = decoded.drop_columns(["_parts", "_failure"])
+        inputs, owners, parts = _inputs_of(decoded)
+        result = self._engine.embed(inputs) if inputs else None
+        failures = decoded["_failure"].to_pylist()
+        rows: list[list[dict[str, Any]]] = [[] for _ in range(units.num_rows)]
+        of_unit: dict[int, int] = {}
+        for i, (owner, part) in enumerate(zip(owners, parts, strict=True)):
+            assert result is not None
+            if i in result.failures:
+                failures[owner] = failures[owner] or failure_value(result.failures[i])
+                continue
+            vectors = {name: _payload(values[i]) for name, values in result.columns.items()}
+            rows[owner].append(
+                part
+                | vectors
+                | {
+                    "num_tokens": int(result.num_tokens[i]),
+                    "truncated": bool(result.truncated[i]),
+                }
+            )
+            of_unit[owner] = of_unit.get(owner, 0) + 1
+        for owner, unit_rows in enumerate(rows):
+            if failures[owner]:
+                rows[owner] = []
+            for row in unit_rows:
+                row["num_segments"] = of_unit[owner]
+        return (
+            units.append_column(
+                pa.field("_rows", pa.list_(schema.ROW)), pa.array(rows, pa.list_(schema.ROW))
+            )
+            .append_column(pa.field("_failure", schema.FAILURE), pa.array(failures, schema.FAILURE))
+            .cast(schema.embedded(units.schema))
+        )
+
+
+def _payload(value: npt.NDArray[np.generic] | np.generic) -> bytes | float:
+    return float(value) if np.ndim(value) == 0 else value.tobytes()
+
+
+def _inputs_of(decoded: pa.Table) -> tuple[list[EmbedInput], list[int], list[dict[str, Any]]]:
+    """Return one prompt a row-to-be, the position of its unit, and what is known of the row."""
+    inputs, owners, known = [], [], []
+    for owner, unit in enumerate(_units_with_parts(decoded)):
+        texts = (unit["text"],) if unit["text"] is not None else ()
+        if unit["kind"] == "text":
+            inputs.append(
+                EmbedInput(texts=texts, instruction=unit["instruction"], uri=unit["uri"] or "")
+            )
+            owners.append(owner)
+            known.append({"segment": 0})
+        for part, pixels in unit["parts"]:
+            shape = (part["num_frames"], part["height_px"], part["width_px"], 3)
+            seconds = tuple(part.pop("seconds"))
+            vision = Vision(pixels=pixels.reshape(shape), seconds=seconds)
+            inputs.append(
+                EmbedInput(
+                    texts=texts,
+                    images=() if seconds else (vision,),
+                    videos=(vision,) if seconds else (),
+                    instruction=unit["instruction"],
+                    uri=unit["uri"] or "",
+                )
+            )
+            owners.append(owner)
+            known.append(part)
+    return inputs, owners, known
+
+
+def _units_with_parts(decoded: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield the units that decoded; pixels are views of the block, not copies."""
+    columns = {name: decoded[name].to_pylist() for name in ("uri", "kind", "text", "instruction")}
+    failed = decoded["_failure"].is_valid().to_pylist()
+    lists = decoded["_parts"].combine_chunks()
+    structs = lists.values
+    facts = pa.StructArray.from_arrays(
+        [structs.field(field.name) for field in schema.PART if field.name != "pixels"],
+        fields=[field for field in schema.PART if field.name != "pixels"],
+    )
+    pixels = structs.field("pixels")
+    offsets = lists.offsets.to_pylist()
+    for i in range(decoded.num_rows):
+        if failed[i]:
+            yield {"kind": "", "text": None, "parts": [], "uri": None, "instruction": None}
+            continue
+        span = range(offsets[i], offsets[i + 1])
+        parts = [(facts[j].as_py(), np.frombuffer(pixels[j].as_buffer(), np.uint8)) for j in span]
+        yield {name: values[i] for name, values in columns.items()} | {"parts": parts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteRows:
+    """Embedded units in, immutable Lance fragments and failure rows out; commits nothing."""
+
+    root: str
+    storage: Storage
+    collection: str
+    schemas: Mapping[str, pa.Schema]
+    partitions: Mapping[str, str]
+    run_id: str
+
+    def __call__(self, embedded: Sequence[pa.Table], exclude: frozenset[int]) -> Written:
+        """Write one group of blocks.
+
+        Args:
+            embedded: Blocks of `schema.embedded`.
+            exclude: Ordinals that this run has already received: left out.
+        """
+        units = pa.concat_tables(embedded)
+        ordinals = units["_ordinal"].to_numpy()
+        if exclude:
+            keep = ~np.isin(ordinals, np.fromiter(exclude, np.int64))
+            units, ordinals = units.filter(pa.array(keep)), ordinals[keep]
+        stopped = pc.fill_null(
+            pc.equal(pc.struct_field(units["_failure"], "stage"), NOT_STARTED["stage"]), False
+        )
+        not_started = units.filter(stopped)["_ordinal"].to_numpy()
+        units = units.filter(pc.invert(stopped))
+        now = dt.datetime.now(dt.UTC)
+        fragments: dict[str, list[dict[str, Any]]] = {}
+        failures = []
+        num_rows = num_units = 0
+        for name in units["_table"].unique().to_pylist():
+            mine = units.filter(pc.equal(units["_table"], name))
+            rows = explode(mine, self.schemas[name], run_id=self.run_id, embedded_at=now)
+            if rows.num_rows:
+                fragments[name] = write_fragments(self.root, self.storage, name, rows)
+                num_rows += rows.num_rows
+            lost = failure_rows(
+                mine,
+                collection=self.collection,
+                partition_json=self.partitions[name],
+                run_id=self.run_id,
+                failed_at=now,
+            )
+            num_units += mine.num_rows - lost.num_rows
+            failures.append(lost)
+        return Written(
+            ordinals=ordinals,
+            not_started=not_started,
+            fragments=fragments,
+            failures=pa.concat_tables(failures) if failures else schema.FAILURES.empty_table(),
+            num_units=num_units,
+            num_rows=num_rows,
+            num_tokens=_total_tokens(units),
+        )
+
+
+def _total_tokens(units: pa.Table) -> int:
+    tokens = pc.struct_field(pc.list_flatten(units["_rows"]), "num_tokens")
+    return pc.sum(tokens).as_py() or 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What one group of blocks became: fragments by table, not yet visible, and failures.
+
+    `ordinals` are all units of the group; those in `not_started` are neither done nor failed.
+    """
+
+    ordinals: npt.NDArray[np.int64]
+    not_started: npt.NDArray[np.int64]
+    fragments: Mapping[str, Sequence[Mapping[str, Any]]]
+    failures: pa.Table
+    num_units: int
+    num_rows: int
+    num_tokens: int

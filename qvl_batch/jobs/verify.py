@@ -1,0 +1,177 @@
+"""Proves from manifest and tables alone that every unit is done or failed, and none twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from qvl_batch.errors import ManifestError, StorageError
+from qvl_batch.jobs.plan import Units, identify, read_manifest
+from qvl_batch.storage import Storage
+from qvl_batch.tables.check import LOST, Problem, check_table
+from qvl_batch.tables.layout import partition_json
+from qvl_batch.tables.ledger import done_units, failed_units, table_collection, table_partition
+from qvl_batch.tables.store import TableStore
+
+LISTED_PROBLEMS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What `verify` found; `problems` is empty when every invariant holds."""
+
+    collection: str
+    num_tables: int
+    num_rows: int
+    num_units: int
+    num_done: int
+    num_failed: int
+    num_unlisted: int
+    problems: tuple[Problem, ...]
+
+    def to_json(self) -> str:
+        values = dataclasses.asdict(self)
+        return json.dumps(values | {"ok": not self.problems}, indent=2, default=str)
+
+    def __str__(self) -> str:
+        head = (
+            f"collection {self.collection}: {self.num_tables} table(s), {self.num_rows:,} rows, "
+            f"{self.num_done:,} units done, {self.num_failed:,} failed"
+        )
+        if self.num_units:
+            head += f", {self.num_units:,} in the manifest"
+        if self.num_unlisted:
+            head += f"; {self.num_unlisted:,} done units are not in the manifest (no error)"
+        if not self.problems:
+            return f"{head}\nverified: every unit is there once"
+        lines = [head, f"{len(self.problems)} problem(s):"]
+        lines += [f"  {problem}" for problem in self.problems[:LISTED_PROBLEMS]]
+        if len(self.problems) > LISTED_PROBLEMS:
+            lines.append(f"  … and {len(self.problems) - LISTED_PROBLEMS} more (--json lists all)")
+        return "\n".join(lines)
+
+
+def verify(
+    root: str,
+    storage: Storage,
+    *,
+    manifest: str | None = None,
+    collection: str | None = None,
+    partition_by: list[str] | None = None,
+) -> VerifyReport:
+    """Check a collection, against its manifest if one is given.
+
+    Args:
+        root: LanceDB directory.
+        storage: How to reach it.
+        manifest: The manifest that was embedded; without it the tables are checked in themselves.
+        collection: Needed only where the root holds several.
+        partition_by: As the run had it; None takes the tables' own partition keys.
+
+    Raises:
+        InputError: If there is nothing to verify, or the choice is not clear.
+    """
+    store = TableStore(root, storage)
+    tables = _tables_of(store)
+    if not tables:
+        raise StorageError(f"{root} holds no tables.", "Give the output.root of an embed run.")
+    if collection is None:
+        if len(tables) > 1:
+            raise StorageError(
+                f"{root} holds the collections {', '.join(sorted(tables))}.",
+                "Choose one with --collection.",
+            )
+        collection = next(iter(tables))
+    if collection not in tables:
+        raise StorageError(
+            f"{root} holds no collection {collection!r}.",
+            f"There are: {', '.join(sorted(tables))}.",
+        )
+    names = tables[collection]
+    units = None
+    if manifest is not None:
+        if partition_by is None:
+            partition_by = _partition_keys(store, names)
+        units = identify(read_manifest(manifest, storage, partition_by), collection)
+    return _verify_collection(store, collection, names, units)
+
+
+def _tables_of(store: TableStore) -> dict[str, list[str]]:
+    by_collection: dict[str, list[str]] = {}
+    for name in store.names():
+        if name.startswith("_"):
+            continue
+        dataset = store.open(name)
+        collection = table_collection(dataset) if dataset is not None else ""
+        if collection:
+            by_collection.setdefault(collection, []).append(name)
+    return by_collection
+
+
+def _partition_keys(store: TableStore, names: list[str]) -> list[str]:
+    dataset = store.open(names[0])
+    if dataset is None:
+        raise ManifestError(f"The table {names[0]} is gone.", "Run verify again.")
+    return [key for key, _ in table_partition(dataset)]
+
+
+def _verify_collection(
+    store: TableStore, collection: str, names: list[str], units: Units | None
+) -> VerifyReport:
+    findings: list[Problem] = []
+    num_rows = num_done = num_failed = 0
+    listed = units.partitions if units is not None else {}
+    for name in sorted({*names, *listed}):
+        dataset = store.open(name)
+        partition = listed.get(name)
+        if partition is None and dataset is not None:
+            partition = table_partition(dataset)
+        if partition is None:
+            continue
+        failed = failed_units(store, collection, partition_json(partition))["unit_id"]
+        failed = failed.combine_chunks()
+        expected = None
+        if units is not None:
+            expected = units.rows.filter(pc.equal(units.rows["_table"], name))["unit_id"]
+            expected = expected.combine_chunks()
+            num_failed += pc.sum(pc.is_in(expected, value_set=failed)).as_py() or 0
+        else:
+            num_failed += len(failed)
+        if dataset is not None:
+            findings += check_table(dataset, expected, failed)
+            num_rows += dataset.count_rows()
+            num_done += len(done_units(dataset))
+        elif expected is not None:
+            lost = expected.filter(pc.invert(pc.is_in(expected, value_set=failed)))
+            findings += [
+                Problem(LOST, name, unit.as_py(), None, "neither done nor failed; no such table")
+                for unit in lost
+            ]
+    problems = [problem for problem in findings if problem.is_error]
+    return VerifyReport(
+        collection=collection,
+        num_tables=len(names),
+        num_rows=num_rows,
+        num_units=units.rows.num_rows if units is not None else 0,
+        num_done=num_done,
+        num_failed=num_failed,
+        num_unlisted=len(findings) - len(problems),
+        problems=tuple(_with_uris(problems, units)),
+    )
+
+
+def _with_uris(problems: list[Problem], units: Units | None) -> list[Problem]:
+    """Name the media of units that no table can name: those that are not there."""
+    nameless = [p.unit_id for p in problems if p.uri is None and p.unit_id is not None]
+    if not nameless or units is None:
+        return problems
+    wanted = pc.is_in(units.rows["unit_id"], value_set=pa.array(nameless, pa.string()))
+    hits = units.rows.filter(wanted).select(["unit_id", "uri", "text"]).to_pylist()
+    names = {hit["unit_id"]: hit["uri"] or hit["text"] for hit in hits}
+    return [
+        dataclasses.replace(p, uri=names.get(p.unit_id)) if p.uri is None else p for p in problems
+    ]

@@ -1,0 +1,164 @@
+"""`_qvl_catalog`: one row a partition table, rebuilt from the tables on demand."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import lance
+import pyarrow as pa
+
+from qvl_batch.errors import QvlError, RunFailedError
+from qvl_batch.schema import CATALOG
+from qvl_batch.tables.fragments import data_path, sha256_of
+from qvl_batch.tables.layout import CATALOG_TABLE, partition_json
+from qvl_batch.tables.ledger import (
+    done_units,
+    failed_units,
+    sql_text,
+    table_collection,
+    table_partition,
+    table_recipe,
+)
+from qvl_batch.tables.store import TableStore, storage_error
+
+_ATTEMPTS = 10
+_LONGEST_PAUSE_S = 2.0
+
+
+def read(store: TableStore) -> pa.Table:
+    """Return the catalog, sorted by table; no rows if there is none yet."""
+    dataset = store.open(CATALOG_TABLE)
+    if dataset is None:
+        return CATALOG.empty_table()
+    return dataset.to_table().sort_by("table")
+
+
+def refresh(
+    store: TableStore,
+    table_names: Iterable[str],
+    known_files: Mapping[str, list[dict[str, Any]]],
+    *,
+    run_id: str,
+) -> None:
+    """Write the present state of these tables to the catalog; other tables' rows stay.
+
+    Args:
+        table_names: Partition tables. One that is not there is left out.
+        known_files: For each table the records (`schema.DATA_FILE`) of files this run wrote, whose
+            sha256 is known. Hashes in the catalog are kept; any other file is read and hashed, and
+            marked ``recomputed``: its content when written was not seen.
+        run_id: Of the run that refreshes.
+
+    Raises:
+        StorageError: If a table can not be read, or the catalog not be written.
+    """
+    names = sorted(set(table_names))
+    catalogued = _catalogued(store, names)
+    rows = []
+    for name in names:
+        dataset = store.open(name)
+        if dataset is not None:
+            known = {file["path"]: file for file in catalogued.get(name, ())}
+            known |= {file["path"]: file for file in known_files.get(name, ())}
+            rows.append(_row(store, name, dataset, known, run_id))
+    if not rows:
+        return
+    if store.open(CATALOG_TABLE) is None:
+        store.create(CATALOG_TABLE, CATALOG)
+    _merge(store, pa.Table.from_pylist(rows, schema=CATALOG))
+
+
+def _merge(store: TableStore, rows: pa.Table) -> None:
+    cause: Exception = RunFailedError("never tried")
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE_S, 0.1 * 2**attempt)))
+        catalog = store.open(CATALOG_TABLE)
+        if catalog is None:
+            raise RunFailedError(f"{store.uri(CATALOG_TABLE)} is gone")
+        try:
+            # The version keeps a slow driver from putting an older state over a newer one.
+            (
+                catalog.merge_insert("table")
+                .when_matched_update_all(condition="source.version >= target.version")
+                .when_not_matched_insert_all()
+                .execute(rows)
+            )
+            return
+        except (ValueError, OSError, RuntimeError) as error:
+            # Doing it again is harmless, whether or not it was done.
+            cause = error
+    if isinstance(cause, QvlError):
+        raise cause
+    raise storage_error(store.uri(CATALOG_TABLE), cause) from cause
+
+
+def _row(
+    store: TableStore,
+    name: str,
+    dataset: lance.LanceDataset,
+    known: Mapping[str, Mapping[str, Any]],
+    run_id: str,
+) -> dict[str, Any]:
+    recipe = table_recipe(dataset)
+    collection, partition = table_collection(dataset), partition_json(table_partition(dataset))
+    failures = failed_units(store, collection, partition).num_rows if collection else 0
+    return {
+        "table": name,
+        "collection": collection,
+        "partition": partition,
+        "version": dataset.version,
+        "num_units": len(done_units(dataset)),
+        "num_rows": dataset.count_rows(),
+        "num_failures": failures,
+        "recipe_id": recipe.recipe_id if recipe else "",
+        "recipe": recipe.to_json() if recipe else "",
+        "run_id": run_id,
+        "index_state": index_state(dataset),
+        "files": _files(store, name, dataset, known),
+        "updated_at": datetime.now(UTC),
+    }
+
+
+def index_state(dataset: lance.LanceDataset) -> str:
+    """Return ``none``, or the indexes as ``column:type`` joined by commas."""
+    found = [
+        f"{'+'.join(index.field_names)}:{index.index_type}" for index in dataset.describe_indices()
+    ]
+    return ",".join(sorted(found)) or "none"
+
+
+def _files(
+    store: TableStore,
+    name: str,
+    dataset: lance.LanceDataset,
+    known: Mapping[str, Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    session = store.files(name)
+    files = []
+    for fragment in dataset.get_fragments():
+        for file in fragment.metadata.files:
+            path, size_bytes = data_path(file), file.file_size_bytes
+            record = known.get(path)
+            if record is None or record["size_bytes"] != size_bytes or not record["sha256"]:
+                try:
+                    digest = sha256_of(session, path, size_bytes)
+                except OSError as error:
+                    raise storage_error(f"{store.uri(name)}/{path}", error) from error
+                record = {"path": path, "size_bytes": size_bytes, "sha256": digest}
+                record["recomputed"] = True
+            files.append({"recomputed": False} | dict(record))
+    return files
+
+
+def _catalogued(store: TableStore, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+    dataset = store.open(CATALOG_TABLE)
+    if dataset is None or not names:
+        return {}
+    listed = ", ".join(sql_text(name) for name in names)
+    rows = dataset.to_table(columns=["table", "files"], filter=f"table IN ({listed})")
+    return dict(zip(rows["table"].to_pylist(), rows["files"].to_pylist(), strict=True))

@@ -1,0 +1,248 @@
+"""Make written fragments visible, once, whatever gets lost on the way.
+
+Lance accepts the same Append twice and a stale one too (measured), so its own retry is off and
+every commit carries a marker in its transaction properties. Before each attempt, and after any
+error, the versions since the run's first are searched for it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import lance
+import pyarrow as pa
+from lance.commit import CommitConflictError
+
+from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, QvlError, RunFailedError
+from qvl_batch.schema import FAILURES
+from qvl_batch.tables.fragments import (
+    DataFileRecord,
+    WrittenFragment,
+    file_problem,
+    iter_fragments,
+    write_to,
+)
+from qvl_batch.tables.layout import FAILURES_TABLE
+from qvl_batch.tables.store import Stamp, TableStore, storage_error
+
+MARKER = "qvl.marker"
+RUN_ID = "qvl.run_id"
+
+ATTEMPTS = 20
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+# Operations after which the rows that this run planned with may be others.
+_CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore")
+
+Commit = Callable[[TableStore, str, lance.Transaction], int]
+
+
+def commit_transaction(store: TableStore, table: str, transaction: lance.Transaction) -> int:
+    """Commit with Lance's own retry off; return the new version."""
+    dataset = lance.LanceDataset.commit(
+        store.uri(table), transaction, storage_options=store.options, max_retries=0
+    )
+    return dataset.version
+
+
+def append(
+    store: TableStore,
+    table: str,
+    fragments: Sequence[WrittenFragment],
+    *,
+    marker: str,
+    run_id: str,
+    planned_version: int | None = None,
+    commit: Commit = commit_transaction,
+    attempts: int = ATTEMPTS,
+) -> int:
+    """Append written fragments to a partition's table in one commit, exactly once.
+
+    Args:
+        fragments: As `write_fragments` returned them; with none, nothing is committed.
+        marker: Unique for this set of fragments. Called again with the same marker, in this or
+            another process, this returns the version that already holds it.
+        run_id: Of the run that commits.
+        planned_version: The version from which this run planned what is left to do. Versions
+            after it are searched for the marker and for other writers. None: all versions are
+            searched for the marker, and other writers are allowed.
+        commit: Does one attempt; for tests of lost acknowledgements.
+        attempts: How often it is tried: 20 take up to half a minute.
+
+    Returns:
+        The version that holds the fragments.
+
+    Raises:
+        LeaseHeldError: If another run changed the rows since ``planned_version``. Nothing is
+            committed then, unless that run's commit came in at the very same moment.
+        InvariantBrokenError: If a file to be committed is missing or short, or the marker stands
+            twice.
+        StorageError: If the store fails for longer than the retries last.
+        RunFailedError: If all attempts lost against other commits.
+    """
+    exclusive = planned_version is not None
+    return _append_once(
+        store, table, fragments, marker, run_id, planned_version or 0, exclusive, commit, attempts
+    )
+
+
+def append_failures(
+    store: TableStore,
+    rows: pa.Table,
+    marker: str,
+    run_id: str,
+    *,
+    planned_version: int | None = None,
+    commit: Commit = commit_transaction,
+) -> int:
+    """Append rows of `qvl_batch.schema.FAILURES` exactly once; other runs may append as well.
+
+    Creates the table if there is none. ``planned_version`` only limits the search for the marker
+    (a version of `_qvl_failures` from before the run began).
+    """
+    dataset = store.open(FAILURES_TABLE)
+    if dataset is None:
+        dataset = store.create(FAILURES_TABLE, FAILURES)
+    if rows.num_rows == 0:
+        return dataset.version
+    since = planned_version or 0
+    found = _find(stamps_since(store, FAILURES_TABLE, dataset, since), FAILURES_TABLE, marker)
+    if found is not None:
+        return found
+    fragments = write_to(store, FAILURES_TABLE, rows)
+    return _append_once(
+        store, FAILURES_TABLE, fragments, marker, run_id, since, False, commit, ATTEMPTS
+    )
+
+
+def _append_once(
+    store: TableStore,
+    table: str,
+    fragments: Sequence[WrittenFragment],
+    marker: str,
+    run_id: str,
+    since: int,
+    exclusive: bool,
+    commit: Commit,
+    attempts: int,
+) -> int:
+    def standing(latest: lance.LanceDataset) -> int | None:
+        stamps = stamps_since(store, table, latest, since)
+        found = _find(stamps, table, marker)
+        if exclusive:
+            _refuse_other_runs(stamps, table, run_id)
+        return found
+
+    if not fragments:
+        return _open(store, table).version
+    cause: Exception = RunFailedError("never tried")
+    checked = False
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(_pause_s(attempt))
+        try:
+            latest = _open(store, table)
+            found = standing(latest)
+            if found is not None:
+                return found
+            if not checked:
+                check_files(store, table, fragments)
+                checked = True
+            transaction = lance.Transaction(
+                latest.version,
+                lance.LanceOperation.Append(list(iter_fragments(fragments))),
+                transaction_properties={MARKER: marker, RUN_ID: run_id},
+            )
+            commit(store, table, transaction)
+            found = standing(_open(store, table))
+        except (LeaseHeldError, RunFailedError):
+            raise
+        except Exception as error:
+            # Whatever failed, the commit may stand: only the next look at the versions can tell.
+            cause = error
+            continue
+        if found is None:
+            raise InvariantBrokenError(f"table {table}: commit {marker} was accepted and is gone")
+        return found
+    if isinstance(cause, QvlError):
+        raise cause
+    if isinstance(cause, CommitConflictError):
+        raise RunFailedError(
+            f"table {table}: {attempts} attempts to commit lost against other writers"
+        ) from cause
+    raise storage_error(store.uri(table), cause) from cause
+
+
+def stamps_since(
+    store: TableStore, table: str, latest: lance.LanceDataset, since: int
+) -> list[Stamp]:
+    """Return the stamps of the versions in ``(since, latest]``, oldest first.
+
+    Each version is read once per store. A version that cleaning has removed is left out.
+    """
+    known = store.stamps.setdefault(table, {})
+    wanted = [v for v in range(since + 1, latest.version + 1) if v not in known]
+    # One after the other: a dataset handle can not be used by two threads ("Already borrowed").
+    read = [_read_stamp(latest, version) for version in wanted]
+    known |= {stamp.version: stamp for stamp in read if stamp is not None}
+    return [known[v] for v in range(since + 1, latest.version + 1) if v in known]
+
+
+def check_files(store: TableStore, table: str, fragments: Iterable[WrittenFragment]) -> None:
+    """Refuse fragments of which a file is missing or cut: Lance would commit them.
+
+    Raises:
+        InvariantBrokenError: With the first file at fault.
+    """
+    files = store.files(table)
+    records = [file for fragment in fragments for file in fragment["files"]]
+
+    def problem(file: DataFileRecord) -> str | None:
+        return file_problem(files, file["path"], file["size_bytes"])
+
+    with ThreadPoolExecutor(8) as pool:
+        for file, found in zip(records, pool.map(problem, records), strict=True):
+            if found:
+                raise InvariantBrokenError(f"{store.uri(table)}/{file['path']} {found}")
+
+
+def _open(store: TableStore, table: str) -> lance.LanceDataset:
+    dataset = store.open(table)
+    if dataset is None:
+        raise InvariantBrokenError(f"{store.uri(table)} is gone; it was there when the run began")
+    return dataset
+
+
+def _read_stamp(dataset: lance.LanceDataset, version: int) -> Stamp | None:
+    try:
+        transaction = dataset.read_transaction(version)
+    except OSError as error:
+        if "was not found" in str(error):
+            return None
+        raise
+    if transaction is None:
+        return Stamp(version, "", None, None)
+    properties = transaction.transaction_properties or {}
+    operation = type(transaction.operation).__name__
+    return Stamp(version, operation, properties.get(MARKER), properties.get(RUN_ID))
+
+
+def _find(stamps: Iterable[Stamp], table: str, marker: str) -> int | None:
+    versions = [stamp.version for stamp in stamps if stamp.marker == marker]
+    if len(versions) > 1:
+        raise InvariantBrokenError(f"table {table}: commit {marker} stands in versions {versions}")
+    return versions[0] if versions else None
+
+
+def _refuse_other_runs(stamps: Iterable[Stamp], table: str, run_id: str) -> None:
+    for stamp in stamps:
+        if stamp.operation in _CONTENT_OPERATIONS and stamp.run_id != run_id:
+            raise LeaseHeldError(table, stamp.run_id or "unknown")
+
+
+def _pause_s(attempt: int) -> float:
+    longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
+    return random.uniform(longest / 4, longest)
