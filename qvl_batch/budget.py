@@ -130,7 +130,11 @@ def largest_part_bytes(recipe: Recipe, kind: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """How many tokens the prompt of a part takes, and how many there may be."""
+    """How many tokens the prompt of a part takes, and how many there may be.
+
+    ``count_tokens`` leaves out what may be cut: texts stand behind the part, and the official class
+    cuts them (``PromptTokenizer.count_uncuttable``).
+    """
 
     count_tokens: Callable[[PartPlan], int]
     max_tokens: int

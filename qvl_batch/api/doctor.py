@@ -323,11 +323,9 @@ def _compare_visions(
 
 
 def _rows_of(vision: Vision) -> npt.NDArray[np.float32]:
-    import torch
+    from qvl_batch.model.patches import host_patch_rows
 
-    from qvl_batch.model.patches import patch_rows
-
-    return patch_rows(vision.pixels, torch.device("cpu"), torch.float32).numpy()
+    return host_patch_rows(vision.pixels)
 
 
 def _pixel_rows(visions: Sequence[Vision]) -> npt.NDArray[np.float32]:
@@ -338,7 +336,7 @@ def _pixel_rows(visions: Sequence[Vision]) -> npt.NDArray[np.float32]:
 def _pixel_sha256(visions: Sequence[Vision]) -> str:
     digest = hashlib.sha256()
     for vision in visions:
-        digest.update(np.ascontiguousarray(_rows_of(vision)).tobytes())
+        digest.update(_rows_of(vision).tobytes())
     return digest.hexdigest()
 
 

@@ -109,7 +109,7 @@ def is_lone_null(prompt: str) -> bool:
 
 
 def _decoded(entry: dict[str, Any]) -> Iterator[str]:
-    stated = entry.get("decoded", entry.get("decoded_head", []))
+    stated = entry.get("decoded") or entry.get("decoded_head") or []
     if isinstance(stated, dict):
         stated = stated.get("head", [])
     yield from [stated] if isinstance(stated, str) else [text for text in stated if text]

@@ -127,7 +127,7 @@ class GoldenMedia:
         """Return the budget of all frames of a file: the documented one if need be, else None."""
         plans = [self._video_plan(path, unit, None) for path in files]
         plans += [PartPlan(0, (0,), v.pixels.shape[2], v.pixels.shape[1]) for v in images]
-        tokens = self._tokenizer.count(texts=unit.texts, instruction=unit.instruction, plans=plans)
+        tokens = self._tokenizer.count_uncuttable(instruction=unit.instruction, plans=plans)
         if not files or tokens <= self._tokenizer.max_tokens:
             return None
         self.used_documented_total = True

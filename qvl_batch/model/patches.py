@@ -51,6 +51,11 @@ def patch_rows(
     return ((ordered.to(torch.float32) - _HALF_RANGE) / _HALF_RANGE).to(dtype)
 
 
+def host_patch_rows(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return ``patch_rows`` in float32 as a numpy array: the official ``pixel_values``."""
+    return patch_rows(pixels, torch.device("cpu"), torch.float32).contiguous().numpy()
+
+
 class LinearPatchEmbed(nn.Module):
     """The tower's patch embedding as one matrix product.
 

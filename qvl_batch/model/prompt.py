@@ -256,17 +256,38 @@ class PromptTokenizer:
         plans: Sequence[PartPlan] = (),
     ) -> int:
         """Return the tokens of the whole prompt, not truncated, from plans alone."""
-        shapes = [shape_of(plan) for plan in plans]
-        videos = [shape for shape in shapes if shape.seconds]
-        images = [shape for shape in shapes if not shape.seconds]
-        pieces = self._embed_pieces(texts, images, videos, instruction)
-        total = len(self._prefix) + len(self._suffix)
-        for piece in _merged(pieces):
+        videos, images = _split(plans)
+        return self._measure(texts, images, videos, instruction)[0]
+
+    def count_uncuttable(
+        self, *, instruction: str | None = None, plans: Sequence[PartPlan] = ()
+    ) -> int:
+        """Return the tokens that must fit the context: all up to the last pad, and the end.
+
+        Texts stand behind images and videos, so a prompt that is too long only by its texts is cut
+        and not refused; one with more uncuttable tokens than the context can not be embedded.
+        """
+        videos, images = _split(plans)
+        return self._measure((), images, videos, instruction)[1] + len(self._suffix)
+
+    def _measure(
+        self,
+        texts: Sequence[str],
+        images: Sequence[VisionShape],
+        videos: Sequence[VisionShape],
+        instruction: str | None,
+    ) -> tuple[int, int]:
+        """Return the prompt's tokens, and those before the end of its last pad."""
+        total, last_pad = len(self._prefix), 0
+        for piece in _merged(self._embed_pieces(texts, images, videos, instruction)):
             if isinstance(piece, str):
                 total += len(self._ids(piece))
+            elif len(piece) == 3:
+                total += piece[1] * piece[2]
+                last_pad = total
             else:
-                total += piece[1] * piece[2] if len(piece) == 3 else 1
-        return total
+                total += 1
+        return total + len(self._suffix), last_pad
 
     def encode(self, unit: EmbedInput) -> PromptIds:
         """Return the ids of an embedding prompt.
@@ -401,6 +422,12 @@ class PromptTokenizer:
 
     def _text_ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _split(plans: Sequence[PartPlan]) -> tuple[list[VisionShape], list[VisionShape]]:
+    """Return the shapes of videos and of images."""
+    shapes = [shape_of(plan) for plan in plans]
+    return [shape for shape in shapes if shape.seconds], [s for s in shapes if not s.seconds]
 
 
 def _merged(pieces: Iterable[_Piece]) -> Iterable[_Piece]:

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import mixed_inputs
 from transformers import Qwen3VLModel
 
 from qvl_batch.errors import EmbedFailedError
 from qvl_batch.model.engine import EmbedEngine
 from qvl_batch.model.patches import patch_rows
 from qvl_batch.units import EmbedInput
+from tests.model.model_inputs import mixed_inputs
 
 
 def transformers_vectors(folder, engine, inputs):

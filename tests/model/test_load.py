@@ -9,7 +9,6 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
-from conftest import edit_json
 from safetensors.torch import load_file, save_file
 
 from qvl_batch.errors import ModelError
@@ -25,6 +24,7 @@ from qvl_batch.model.load import (
 )
 from qvl_batch.storage import Storage
 from qvl_batch.units import EmbedInput
+from tests.model.model_inputs import edit_json
 
 CPU = torch.device("cpu")
 

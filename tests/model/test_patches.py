@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
-from conftest import clip, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvl_batch.model.patches import LinearPatchEmbed, patch_rows
 from qvl_batch.model.resize import resize_frame
+from tests.model.model_inputs import clip, picture
 
 CPU = torch.device("cpu")
 

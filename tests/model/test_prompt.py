@@ -6,7 +6,6 @@ import unicodedata
 
 import numpy as np
 import pytest
-from conftest import clip, edit_json, picture
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from qvl_batch.errors import EmbedFailedError, ModelError
 from qvl_batch.model.prompt import RERANK_SYSTEM, PromptTokenizer
 from qvl_batch.units import EmbedInput, PartPlan
+from tests.model.model_inputs import clip, edit_json, picture
 
 TEXTS = st.lists(
     st.one_of(
@@ -130,6 +130,16 @@ def test_long_text_is_cut_as_the_tokenizer_cuts(embedding_folder, prompts):
     assert len(found.ids) == 2000
     assert found.num_untruncated == prompts.count(texts=(text,)) > 2000
     assert not prompts.encode(EmbedInput(texts=("short",))).truncated
+
+
+def test_uncuttable_tokens_decide_what_can_be_embedded(embedding_folder):
+    """A context of exactly that many tokens takes the picture, one token less does not."""
+    plan, unit = PartPlan(0, (0,), 96, 128), EmbedInput(("long " * 99,), (picture(0, 128, 96),))
+    least = PromptTokenizer(embedding_folder).count_uncuttable(plans=[plan])
+    fitting = PromptTokenizer(embedding_folder, max_tokens=least).encode(unit)
+    assert fitting.spans[-1].end + 1 == len(fitting.ids) == least
+    with pytest.raises(EmbedFailedError):
+        PromptTokenizer(embedding_folder, max_tokens=least - 1).encode(unit)
 
 
 def test_the_cut_never_falls_into_an_image(embedding_folder):

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import clip, edit_json, picture
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from qvl_batch.errors import EmbedFailedError
 from qvl_batch.model.rerank import RerankEngine
 from qvl_batch.units import EmbedInput
+from tests.model.model_inputs import clip, edit_json, picture
 
 QUERY = EmbedInput(texts=("two red circles",))
 
