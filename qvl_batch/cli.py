@@ -47,8 +47,12 @@ def manifest(
     out: Annotated[str, typer.Argument(help="Parquet file to write.")],
     sniff: Annotated[bool, typer.Option(help="Read first bytes on object stores too.")] = False,
     partition_by: Annotated[
-        str, typer.Option(help="hive, none, mtime, column:NAME[,NAME] or regex:PATTERN.")
-    ] = "hive",
+        str | None,
+        typer.Option(
+            help="hive, none, mtime, mtime:%Y-%m, column:NAME[,NAME] or regex:PATTERN; "
+            "without it, hive where there are key=value folders."
+        ),
+    ] = None,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
 ) -> None:
@@ -60,7 +64,7 @@ def manifest(
         out,
         storage=Storage.of(endpoint_url=endpoint_url, region=region),
         sniff=sniff,
-        partition_from=parse_partition_rule(partition_by),
+        partition_from=parse_partition_rule(partition_by) if partition_by else None,
     )
     print(report)
 

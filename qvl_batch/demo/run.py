@@ -69,14 +69,9 @@ def run_demo(out: Path) -> int:
 
 
 def _write_manifest(summary: CorpusSummary, manifest: Path) -> None:
-    from qvl_batch.media.manifest import build_manifest, parse_partition_rule
+    from qvl_batch.media.manifest import build_manifest
 
-    build_manifest(
-        str(summary.media_dir),
-        str(manifest),
-        storage=Storage(),
-        partition_from=parse_partition_rule("hive"),
-    )
+    build_manifest(str(summary.media_dir), str(manifest), storage=Storage(), partition_from=None)
 
 
 def _settings(out: Path, manifest: Path) -> dict[str, Any]:

@@ -143,7 +143,8 @@ class CommitLoop:
             self._awaited = set(self._writing)
         if self._awaited is not None and not self._awaited:
             self._commit()
-        self._check_failure_rate()
+        if self._fails_too_often():
+            self.finish()
 
     def flush(self) -> None:
         """Have everything written that was added, without waiting for it."""
@@ -154,6 +155,7 @@ class CommitLoop:
 
         Raises:
             InvariantBrokenError: If a write does not end within the time.
+            TooManyFailuresError: If the failure rate is passed; everything is committed then.
         """
         self._start_write()
         deadline_s = self._clock() + timeout_s
@@ -163,6 +165,16 @@ class CommitLoop:
             for handle, written in self._writes.finished(list(self._writing), 1.0).items():
                 self._receive(self._writing.pop(handle), written)
         self._commit()
+        if self._fails_too_often():
+            failed, finished = self._finished()
+            reasons = ", ".join(
+                f"{n} {reason}" for reason, n in sorted(self.counts.failures_by_reason.items())
+            )
+            raise TooManyFailuresError(
+                f"{failed} of {finished} units failed ({reasons}); limits.max_failure_rate is "
+                f"{self._max_failure_rate:g}. What is done is committed: see the table "
+                "_qvl_failures, mend the cause or raise the limit, and run again."
+            )
 
     def missing(self) -> npt.NDArray[np.int64]:
         """Return the ordinals that were never delivered."""
@@ -232,17 +244,12 @@ class CommitLoop:
         self._awaited = None
         self._last_commit_s = self._clock()
 
-    def _check_failure_rate(self) -> None:
+    def _finished(self) -> tuple[int, int]:
+        """Return how many units failed, and how many failed or were embedded."""
         failed = self.counts.failed + self._uncommitted.failed
-        finished = failed + self.counts.embedded + self._uncommitted.embedded
-        if finished < self._failure_rate_after_units:
-            return
-        if failed / finished > self._max_failure_rate:
-            self.finish()
-            reasons = ", ".join(
-                f"{n} {reason}" for reason, n in sorted(self.counts.failures_by_reason.items())
-            )
-            raise TooManyFailuresError(
-                f"{failed} of {finished} units failed ({reasons}), the limit is "
-                f"limits.max_failure_rate {self._max_failure_rate:g}. What is done is committed."
-            )
+        return failed, failed + self.counts.embedded + self._uncommitted.embedded
+
+    def _fails_too_often(self) -> bool:
+        failed, finished = self._finished()
+        enough = finished >= self._failure_rate_after_units
+        return enough and failed / finished > self._max_failure_rate

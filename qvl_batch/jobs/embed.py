@@ -34,7 +34,6 @@ from qvl_batch.config import EmbedConfig, LimitsSection
 from qvl_batch.errors import (
     InvariantBrokenError,
     QvlError,
-    RecipeMismatchError,
     RunFailedError,
 )
 from qvl_batch.jobs.checkpoint import Model, QwenCheckpoint
@@ -53,12 +52,12 @@ from qvl_batch.jobs.report import RunReport, write_report
 from qvl_batch.jobs.stages import DecodeMedia, DecodingWorker, EmbedMedia, WriteRows, Written
 from qvl_batch.media.decoder import DecodeLimits
 from qvl_batch.media.fetch import FetchLimits
-from qvl_batch.recipe import Recipe, differences
+from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage
 from qvl_batch.tables import catalog
 from qvl_batch.tables.commit import append, append_failures
 from qvl_batch.tables.layout import check_collection_name, partition_json
-from qvl_batch.tables.ledger import table_recipe
+from qvl_batch.tables.ledger import check_recipe as check_table_recipe
 from qvl_batch.tables.store import TableStore
 
 EXIT_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -132,27 +131,16 @@ def prepare(
 
 
 def check_recipe(store: TableStore, collection: str, recipe: Recipe) -> None:
-    """Refuse a collection that was made by another recipe.
+    """Refuse a collection that was made by another recipe, in any of its tables.
 
     Raises:
         RecipeMismatchError: Naming the fields that differ.
     """
     for name in store.names():
-        if name != collection and not name.startswith(f"{collection}__"):
-            continue
-        dataset = store.open(name)
-        theirs = table_recipe(dataset) if dataset is not None else None
-        if theirs is None or theirs.recipe_id == recipe.recipe_id:
-            continue
-        fields = "; ".join(
-            f"{key}: this run {ours!r}, the collection {there!r}"
-            for key, ours, there in differences(recipe.to_dict(), theirs.to_dict())
-        )
-        raise RecipeMismatchError(
-            f"The collection {collection!r} was made by another recipe ({fields}).",
-            "Set these keys to the collection's values, or write to a new collection with "
-            "output.collection.",
-        )
+        if name == collection or name.startswith(f"{collection}__"):
+            dataset = store.open(name)
+            if dataset is not None:
+                check_table_recipe(dataset, recipe)
 
 
 def create_tables(job: EmbedJob) -> None:

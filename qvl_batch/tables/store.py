@@ -283,10 +283,10 @@ def refuse_other_recipe(uri: str, ours: pa.Schema, theirs: pa.Schema) -> None:
         return
     found = differences(*(json.loads(text) for text in stated))
     if found:
-        listed = "; ".join(f"{key} is {other!r}, not {mine!r}" for key, mine, other in found)
+        listed = "; ".join(f"{key} is {other!r} there, {mine!r} here" for key, mine, other in found)
         raise RecipeMismatchError(
             f"Table {uri} was made by another recipe: {listed}.",
-            "Set recipe back to that, or write to another output.collection.",
+            "Set the recipe to what it is there, or write to a new output.collection.",
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 
 from qvl_batch.config import EmbedConfig, parse_config
 from qvl_batch.demo.checkpoint import DEMO_RECIPE, embedding_dir
-from qvl_batch.media.manifest import build_manifest, parse_partition_rule
+from qvl_batch.media.manifest import build_manifest
 from qvl_batch.storage import Storage, is_local
 
 
@@ -36,7 +37,7 @@ class Job:
 
     manifest: str
     root: str
-    storage: Storage = Storage()
+    storage: Storage = field(default_factory=Storage)
 
     def values(self) -> dict[str, Any]:
         return {
@@ -76,12 +77,10 @@ class Job:
 def make_job(tmp_path: Path) -> Callable[..., Job]:
     """Return a function that lists a source and returns the job on it."""
 
-    def make(source: str, root: str | None = None, *, partition: str = "hive") -> Job:
+    def make(source: str, root: str | None = None) -> Job:
         storage = Storage.of()
-        manifest = str(tmp_path / "manifest.parquet")
-        build_manifest(
-            source, manifest, storage=storage, partition_from=parse_partition_rule(partition)
-        )
+        manifest = str(tmp_path / f"manifest-{uuid.uuid4().hex[:8]}.parquet")
+        build_manifest(source, manifest, storage=storage, partition_from=None)
         root = root or str(tmp_path / "vectors")
         return Job(manifest=manifest, root=root, storage=Storage() if is_local(root) else storage)
 

@@ -254,7 +254,7 @@ def test_too_many_failures_end_the_run_and_keep_what_is_committed(make_job, tmp_
 def test_another_recipe_is_refused_with_the_fields_that_differ(corpus, make_job):
     job = make_job(str(corpus.media_dir))
     run_embed(job.config("input.limit=3"))
-    with pytest.raises(RecipeMismatchError, match=r"dim: this run 64, the collection 128") as error:
+    with pytest.raises(RecipeMismatchError, match=r"dim is 128 there, 64 here") as error:
         run_embed(job.config("recipe.dim=64"))
     assert "output.collection" in str(error.value)
     run_embed(job.config("recipe.dim=64", "output.collection=small", "input.limit=3"))
