@@ -149,10 +149,11 @@ def _die_with_parent(parent_pid: int) -> None:
 
 
 def main() -> None:
-    _die_with_parent(int(sys.argv[1]))
     # The first process to be killed when memory is short, before the actor that holds it.
+    # (Comes first: a process that may not be dumped does not own its /proc files any more.)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
+    _die_with_parent(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
     answers = os.fdopen(os.dup(1), "wb", buffering=1 << 20)

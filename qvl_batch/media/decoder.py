@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from qvl_batch import errors
 from qvl_batch.errors import CorruptMediaError, DecoderKilledError, KindMismatchError, UnitError
-from qvl_batch.media.fetch import Source
 from qvl_batch.media.process import (
     START_TIMEOUT_S,
     ChildOverError,
@@ -28,6 +27,7 @@ from qvl_batch.media.process import (
     GarbledAnswerError,
 )
 from qvl_batch.media.sniff import HEAD_BYTES, sniff
+from qvl_batch.media.source import Source
 from qvl_batch.media.text import decode_text
 from qvl_batch.media.wire import header_from_json, plan_to_json
 from qvl_batch.units import Header, Kind, PartPlan

@@ -8,20 +8,17 @@ to fail has its own `UnitError`.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import errno
-import io
 import itertools
 import os
 import random
 import re
 import stat
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from qvl_batch.errors import (
     AccessDeniedError,
@@ -38,10 +35,20 @@ from qvl_batch.media.object_store import (
     TransientReadError,
     read_object,
 )
+from qvl_batch.media.source import Source, Spool, local_etag
 from qvl_batch.storage import OBJECT_SCHEMES, is_local, local_path, scheme_of
 
 if TYPE_CHECKING:
     from qvl_batch.storage import Storage
+
+__all__ = [
+    "FetchLimits",
+    "FetchRequest",
+    "Fetcher",
+    "Source",
+    "local_etag",
+    "printable_uri",
+]
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -90,84 +97,6 @@ class FetchRequest:
     @property
     def is_whole(self) -> bool:
         return self.byte_offset is None and self.byte_length is None
-
-
-class Source:
-    """Bytes that a decoder opens: `data` in memory, or else the file at `path`.
-
-    Close it (or leave its `with` block) to delete a temporary file.
-
-    Args:
-        uri: Where the bytes came from, for messages.
-        size_bytes: How many there are.
-        data: The bytes, or None if they lie at `path`.
-        path: A local file.
-        temporary: Whether `path` is deleted on close.
-        live_etag: `local_etag` that a file which is not ours must still have after decoding.
-    """
-
-    def __init__(
-        self,
-        uri: str,
-        size_bytes: int,
-        *,
-        data: bytes | None = None,
-        path: str | None = None,
-        temporary: bool = False,
-        live_etag: str | None = None,
-    ) -> None:
-        if (data is None) == (path is None):
-            raise ValueError("a source has either data or a path")
-        self.uri, self.size_bytes = uri, size_bytes
-        self.data, self.path = data, path
-        self._temporary, self._live_etag = temporary, live_etag
-
-    def open(self) -> BinaryIO:
-        """Return a seekable binary file of the bytes; the caller closes it."""
-        if self.data is not None:
-            return io.BytesIO(self.data)
-        try:
-            return open(self.path, "rb")
-        except OSError as error:
-            raise ChangedMediaError(self.uri, f"can not be read any more: {error}") from None
-
-    def head(self, num_bytes: int) -> bytes:
-        """Return the first bytes."""
-        if self.data is not None:
-            return self.data[:num_bytes]
-        with self.open() as file:
-            return file.read(num_bytes)
-
-    def check_unchanged(self) -> None:
-        """Raise `ChangedMediaError` if a local file was changed since it was fetched."""
-        if self._live_etag is not None:
-            try:
-                now = local_etag(os.stat(self.path))
-            except OSError as error:
-                raise ChangedMediaError(self.uri, f"can not be read any more: {error}") from None
-            if now != self._live_etag:
-                raise ChangedMediaError(
-                    self.uri, f"changed while it was read (etag {self._live_etag}, now {now})"
-                )
-
-    def close(self) -> None:
-        """Release the memory and delete the temporary file. May be called again."""
-        self.data = None if self.path is not None else b""
-        if self._temporary:
-            self._temporary = False
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def local_etag(status: os.stat_result) -> str:
-    """Return ``{size}-{mtime_ns}``, the etag of a local file."""
-    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def printable_uri(uri: str) -> str:
@@ -310,6 +239,13 @@ class Fetcher:
                 shown, f"{object_bytes} bytes, the manifest lists {request.size_bytes}"
             )
 
+    def _spool(self, shown: str) -> Spool:
+        return Spool(
+            shown,
+            max_memory_bytes=self._limits.max_memory_bytes,
+            max_object_bytes=self._limits.max_object_bytes,
+        )
+
     def _read_remote(self, request: FetchRequest, shown: str) -> Source:
         def admit(etag: str | None, object_bytes: int | None, body_bytes: int) -> None:
             self._check_identity(request, shown, etag, object_bytes)
@@ -319,7 +255,7 @@ class Fetcher:
         reader = ObjectRead(
             offset=request.byte_offset or 0, length=request.byte_length, admit=admit
         )
-        with _Spool(shown, self._limits) as spool:
+        with self._spool(shown) as spool:
             try:
                 read_object(filesystem, request.uri, reader, spool.write, self._limits.timeout_s)
             except FileNotFoundError:
@@ -352,7 +288,7 @@ class Fetcher:
                 self._check_size(shown, status.st_size)
             if request.is_whole and status.st_size > self._limits.max_memory_bytes:
                 return Source(shown, status.st_size, path=path, live_etag=etag)
-            with _Spool(shown, self._limits) as spool:
+            with self._spool(shown) as spool:
                 try:
                     file.seek(request.byte_offset or 0)
                     left = status.st_size if request.byte_length is None else request.byte_length
@@ -386,51 +322,3 @@ def _close_result(future: concurrent.futures.Future[Source | UnitError]) -> None
         result = future.result()
         if isinstance(result, Source):
             result.close()
-
-
-class _Spool:
-    """Takes chunks into memory, and into a temporary file once they are too many."""
-
-    def __init__(self, shown: str, limits: FetchLimits) -> None:
-        self._shown, self._limits = shown, limits
-        self._memory = bytearray()
-        self._file: BinaryIO | None = None
-        self._size = 0
-        self._kept = False
-
-    def write(self, chunk: bytes) -> None:
-        self._size += len(chunk)
-        if self._size > self._limits.max_object_bytes:
-            raise LimitExceededError(
-                self._shown, f"more than {self._limits.max_object_bytes} bytes, which is the limit"
-            )
-        if self._file is None and self._size > self._limits.max_memory_bytes:
-            self._file = tempfile.NamedTemporaryFile(prefix="qvl-media-", delete=False)  # noqa: SIM115
-            self._file.write(self._memory)
-            self._memory = bytearray()
-        if self._file is not None:
-            self._file.write(chunk)
-        else:
-            self._memory += chunk
-
-    def source(self, wanted_bytes: int | None) -> Source:
-        """Return what was written; it is checked not to be empty nor shorter than wanted."""
-        if wanted_bytes is not None and self._size < wanted_bytes:
-            raise ChangedMediaError(
-                self._shown, f"the byte range has {self._size} bytes, {wanted_bytes} were listed"
-            )
-        if not self._size:
-            raise EmptyMediaError(self._shown, "0 bytes")
-        if self._file is None:
-            return Source(self._shown, self._size, data=bytes(self._memory))
-        self._file.close()
-        self._kept = True
-        return Source(self._shown, self._size, path=self._file.name, temporary=True)
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None and not self._kept:
-            self._file.close()
-            os.unlink(self._file.name)
