@@ -135,7 +135,7 @@ def run_doctor(model: Path, golden: Path, reranker: Path | None = None) -> list[
 
 
 def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -> CaseResult:
-    units = case.units()
+    units, tokenizer = case.units(), engine.tokenizer
     findings = _Findings()
     inputs = _decode(units, media, findings, fit=True)
     usable = [i for i, unit in enumerate(inputs) if not isinstance(unit, UnitError)]
@@ -152,6 +152,7 @@ def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -
                 f"ours{_unit_name(i, units)}: {type(error).__name__}: {error.reason}"
                 if isinstance(error, UnitError)
                 else f"ours{_unit_name(i, units)}: a vector"
+                + (f" ({by_text})" if (by_text := _excuse(units[i], tokenizer, media)[0]) else "")
             )
         return findings.result(case.name, failed)
     broken = [(i, unit) for i, unit in enumerate(inputs) if isinstance(unit, UnitError)]
@@ -162,8 +163,8 @@ def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -
         )
     if broken:
         return findings.result(case.name)
-    excuses = [_excuse(unit, engine.tokenizer, media) for unit in units]
-    prompts = [engine.tokenizer.encode(unit).ids for unit in inputs]
+    excuses = [_excuse(unit, tokenizer, media) for unit in units]
+    prompts = [tokenizer.encode(unit).ids for unit in inputs]
     _compare_ids(case, prompts, [text for text, _ in excuses], findings)
     _compare_visions(case.arrays, case.entry, inputs, [any(e) for e in excuses], findings)
     _compare_vectors(case, vectors, [text or image for text, image in excuses], findings)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from qvl_batch.errors import BadVectorError, ModelError, UnitError
+from qvl_batch.model.attention import kernel_name
 from qvl_batch.model.encode import encode, is_bad, truncate
 from qvl_batch.model.forward import PackedModel, PackedPrompt
 from qvl_batch.model.load import choose_device, choose_dtype, full_dim, load_checkpoint
@@ -85,6 +86,11 @@ class EmbedEngine:
     def batch_tokens(self) -> int:
         """Tokens of one forward pass; smaller than asked for once memory ran out."""
         return self._packed.batch_tokens
+
+    @property
+    def attention_kernel(self) -> str:
+        """What computes attention here, for logs and reports."""
+        return kernel_name(self._packed.device, self._packed.dtype)
 
     def embed(self, inputs: list[EmbedInput]) -> Embedded:
         """Embed every input; failures are stated by index and harm no other input."""

@@ -54,9 +54,9 @@ def resolve_model(
     if not is_local(path):
         _refuse_revision(path, revision)
         folder = _fetch_folder(path, storage, cache_dir)
-    elif os.path.isdir(local_path(path)):
+    elif os.path.isdir(os.path.expanduser(local_path(path))):
         _refuse_revision(path, revision)
-        folder = Path(local_path(path))
+        folder = Path(local_path(path)).expanduser()
     elif _looks_like_hub_id(path):
         folder = _fetch_from_hub(path, revision)
     else:
@@ -374,7 +374,14 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -
         part._attn_implementation = attention.PACKED_ATTENTION
         part.use_cache = False
     model.visual.patch_embed = LinearPatchEmbed(model.visual.patch_embed.proj)
-    return model.to(device).eval().requires_grad_(False)
+    try:
+        return model.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError:
+        size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        raise ModelError(
+            f"The {size / 2**30:.1f} GiB of weights of {folder} do not fit into {device}'s memory.",
+            "Free it from other processes, or use a larger device or a smaller model.",
+        ) from None
 
 
 def _refuse_wrong_weights(folder: Path, report: dict[str, Any]) -> None:

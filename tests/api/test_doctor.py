@@ -17,6 +17,8 @@ from qvl_batch.api.doctor import doctor, format_table, run_doctor
 from qvl_batch.api.golden import has_palette_transparency, read_golden
 from qvl_batch.api.golden_media import frame_list_indices
 from qvl_batch.errors import InputError
+from qvl_batch.model.prompt import PromptTokenizer
+from qvl_batch.units import EmbedInput, Vision
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 MODEL = GOLDEN / "checkpoint" / "embedding"
@@ -239,6 +241,24 @@ def test_a_long_text_behind_a_clip_is_cut_and_the_clip_is_not(folder):
     ((status, reason),) = statuses(folder({"cut": "text_plain"}, change)).values()
     assert status == "official failed"
     assert reason == "official: as if; ours: a vector"
+
+
+def test_goldens_of_a_transformers_that_nests_vision_tokens(folder):
+    """Their prompts tell; ours is then rendered the same way."""
+    unit = EmbedInput(videos=(Vision(np.zeros((2, 320, 448, 3), np.uint8), (0.05,)),))
+
+    def change(entries, arrays):
+        arrays["clip/input_ids"] = (
+            PromptTokenizer(MODEL, token_layout="nested").encode(unit).ids[None]
+        )
+        prompt = entries["clip"]["decoded"][0].replace("user\n<0", "user\n<|vision_start|><0")
+        entries["clip"]["decoded"] = [prompt]
+        for name in ("attention_mask", "embedding"):
+            del arrays[f"clip/{name}"]
+
+    cases = {"clip": "vid_v10_2f_320x240.mp4"}
+    ((status, _),) = statuses(folder(cases, change)).values()
+    assert status == "equal"
 
 
 def test_reranking_cases_need_a_reranker(folder, capsys):
