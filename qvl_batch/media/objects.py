@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from qvl_batch.errors import StorageError
+from qvl_batch.media.fetch import local_etag
 from qvl_batch.media.sniff import HEAD_BYTES
 from qvl_batch.storage import Storage, is_local, scheme_of
 
@@ -69,9 +70,8 @@ class MediaObject:
 
 
 def local_object(path: str, stat: os.stat_result) -> MediaObject:
-    etag = f"{stat.st_size}-{stat.st_mtime_ns}"
     mtime = _EPOCH + timedelta(microseconds=stat.st_mtime_ns // 1000)
-    return MediaObject(path, stat.st_size, etag, mtime)
+    return MediaObject(path, stat.st_size, local_etag(stat), mtime)
 
 
 def listed_object(uri: str, info: dict[str, Any]) -> MediaObject:
