@@ -290,3 +290,15 @@ def test_a_video_by_segments_has_a_row_a_segment(corpus, make_job, tmp_path):
     assert whole
     assert {(row["start_s"], row["end_s"], row["num_frames"]) for row in whole} == {(2.0, 4.0, 4)}
     assert verify(job.root, job.storage, manifest=job.manifest).problems == ()
+
+
+@pytest.mark.s3real
+def test_the_whole_job_against_a_real_s3_server(rgw, real_bucket, corpus, make_job, monkeypatch):
+    # The local Ray has the keys that were in the environment when it started: those of the server.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", rgw.endpoint_url)
+    real_bucket.fs().put(f"{corpus.media_dir}/", f"{real_bucket.name}/media", recursive=True)
+    job = make_job(real_bucket.uri("media"), real_bucket.uri("vectors"))
+    report = run_embed(job.config())
+    assert report.num_rows == corpus.num_rows
+    assert run_embed(job.config()).embedded == 0
+    assert verify(job.root, job.storage, manifest=job.manifest).problems == ()
