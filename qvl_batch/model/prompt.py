@@ -118,6 +118,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         # What users write stays text; the special tokens of the layout are placed by id.
         self._tokenizer.encode_special_tokens = True
+        self._folder = folder
         self.default_instruction = default_instruction
         self.max_tokens = max_tokens
         self.nested = token_layout == "nested"
@@ -169,8 +170,8 @@ class PromptTokenizer:
         """
         if self._suffix[-1:] != [self.special["<|endoftext|>"]]:
             raise ModelError(
-                "The checkpoint's tokenizer does not append <|endoftext|>, where an embedding is "
-                "read.",
+                f"The tokenizer of {self._folder} does not append <|endoftext|>, where an "
+                "embedding is read.",
                 "Use the tokenizer.json of a Qwen3-VL-Embedding checkpoint (not of an Instruct or "
                 "Reranker one).",
             )
