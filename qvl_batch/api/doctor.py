@@ -13,17 +13,28 @@ what the official classes put out. A case ends as
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qvl_batch.api.compare import (
+    DIFFERENT,
+    DOCUMENTED,
+    EQUAL,
+    MAX_ABS_DIFF,
+    OFFICIAL_FAILED,
+    CaseResult,
+    Findings,
+    compare_ids,
+    compare_vectors,
+    compare_visions,
+    unit_name,
+)
 from qvl_batch.api.golden import (
     GoldenCase,
     GoldenUnit,
@@ -39,69 +50,7 @@ if TYPE_CHECKING:
     from qvl_batch.model.engine import EmbedEngine
     from qvl_batch.model.prompt import PromptTokenizer
     from qvl_batch.model.rerank import RerankEngine
-    from qvl_batch.units import EmbedInput, Vision
-
-EQUAL = "equal"
-DOCUMENTED = "documented difference"
-OFFICIAL_FAILED = "official failed"
-DIFFERENT = "different"
-MIN_COSINE = 0.99999
-MAX_ABS_DIFF = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class CaseResult:
-    """How one case ended; ``ids``, ``grid`` and ``pixels`` are equal, different or "-"."""
-
-    case: str
-    status: str
-    ids: str = "-"
-    grid: str = "-"
-    pixels: str = "-"
-    cosine: float | None = None
-    max_abs_diff: float | None = None
-    reason: str = ""
-
-
-@dataclass
-class _Findings:
-    """What comparing one case found, aspect by aspect."""
-
-    checks: dict[str, bool] = field(default_factory=dict)
-    cosines: list[float] = field(default_factory=list)
-    diffs: list[float] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    allowed: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def check(self, aspect: str, equal: bool, what: str, excuse: str = "") -> None:
-        self.checks[aspect] = self.checks.get(aspect, True) and equal
-        if not equal:
-            (self.allowed if excuse else self.wrong).append(excuse or what)
-
-    def result(self, case: str, official_failed: str = "") -> CaseResult:
-        notes = list(dict.fromkeys(self.notes))
-        if self.wrong:
-            status, reasons = DIFFERENT, self.wrong
-        elif official_failed:
-            status, reasons = OFFICIAL_FAILED, [f"official: {official_failed}", *notes]
-        elif self.allowed:
-            status, reasons = DOCUMENTED, self.allowed
-        elif not self.checks:
-            status, reasons = DIFFERENT, ["the folder holds nothing to compare with", *notes]
-        else:
-            status, reasons = EQUAL, notes
-        words = {True: "equal", False: "different", None: "-"}
-        return CaseResult(
-            case=case,
-            status=status,
-            ids=words[self.checks.get("ids")],
-            grid=words[self.checks.get("grid")],
-            pixels=words[self.checks.get("pixels")],
-            cosine=min(self.cosines, default=None),
-            max_abs_diff=max(self.diffs, default=None),
-            reason="; ".join(dict.fromkeys(reasons)),
-        )
+    from qvl_batch.units import EmbedInput
 
 
 def run_doctor(model: Path, golden: Path, reranker: Path | None = None) -> list[CaseResult]:
@@ -136,7 +85,7 @@ def run_doctor(model: Path, golden: Path, reranker: Path | None = None) -> list[
 
 def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -> CaseResult:
     units, tokenizer = case.units(), engine.tokenizer
-    findings = _Findings()
+    findings = Findings()
     inputs = _decode(units, media, findings, fit=True)
     usable = [i for i, unit in enumerate(inputs) if not isinstance(unit, UnitError)]
     embedded = engine.embed([inputs[i] for i in usable])
@@ -149,31 +98,33 @@ def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -
         for i in range(len(units)):
             error = inputs[i]
             findings.notes.append(
-                f"ours{_unit_name(i, units)}: {type(error).__name__}: {error.reason}"
+                f"ours{unit_name(i, units)}: {type(error).__name__}: {error.reason}"
                 if isinstance(error, UnitError)
-                else f"ours{_unit_name(i, units)}: a vector"
+                else f"ours{unit_name(i, units)}: a vector"
                 + (f" ({by_text})" if (by_text := _excuse(units[i], tokenizer, media)[0]) else "")
             )
         return findings.result(case.name, failed)
     broken = [(i, unit) for i, unit in enumerate(inputs) if isinstance(unit, UnitError)]
     for i, error in broken:
         findings.wrong.append(
-            f"ours{_unit_name(i, units)}: {type(error).__name__}: {error.reason}, where the "
+            f"ours{unit_name(i, units)}: {type(error).__name__}: {error.reason}, where the "
             "official code gives a vector"
         )
     if broken:
         return findings.result(case.name)
     excuses = [_excuse(unit, tokenizer, media) for unit in units]
     prompts = [tokenizer.encode(unit).ids for unit in inputs]
-    _compare_ids(case, prompts, [text for text, _ in excuses], findings)
-    _compare_visions(case.arrays, case.entry, inputs, [any(e) for e in excuses], findings)
-    _compare_vectors(case, vectors, [text or image for text, image in excuses], findings)
+    compare_ids(case, prompts, [text for text, _ in excuses], findings)
+    compare_visions(
+        case.arrays, case.entry, inputs, [bool(image) for _, image in excuses], findings
+    )
+    compare_vectors(case, vectors, [text or image for text, image in excuses], findings)
     return findings.result(case.name)
 
 
 def _rerank_case(case: GoldenCase, engine: RerankEngine, media: GoldenMedia) -> CaseResult:
     query_unit, units, instruction = case.pair_units()
-    findings = _Findings()
+    findings = Findings()
     query, *documents = _decode([query_unit, *units], media, findings, fit=False)
     stored = case.arrays.get("scores")
     expected = list(stored if stored is not None else case.entry.get("scores") or [])
@@ -189,7 +140,7 @@ def _rerank_case(case: GoldenCase, engine: RerankEngine, media: GoldenMedia) -> 
     shared = _excuse(query_unit, engine.tokenizer, media)
     for i, score in enumerate(scores):
         failed = case.official_pair_failure(i, len(expected))
-        name = _unit_name(i, units)
+        name = unit_name(i, units)
         if failed:
             failures.append(failed)
             findings.notes.append(
@@ -225,7 +176,7 @@ def _rerank_case(case: GoldenCase, engine: RerankEngine, media: GoldenMedia) -> 
         }
         entry = details[i] if i < len(details) else {}
         excused = bool(shared[1] or own[1])
-        _compare_visions(arrays, entry, [query, documents[i]], [excused], findings)
+        compare_visions(arrays, entry, [query, documents[i]], [excused], findings)
         diff = abs(score - float(expected[i]))
         findings.diffs.append(diff)
         findings.check("scores", diff <= MAX_ABS_DIFF, f"score{name} is off by {diff:.3g}", excuse)
@@ -236,7 +187,7 @@ def _rerank_case(case: GoldenCase, engine: RerankEngine, media: GoldenMedia) -> 
 
 
 def _decode(
-    units: Sequence[GoldenUnit], media: GoldenMedia, findings: _Findings, *, fit: bool
+    units: Sequence[GoldenUnit], media: GoldenMedia, findings: Findings, *, fit: bool
 ) -> list[EmbedInput | UnitError]:
     inputs: list[EmbedInput | UnitError] = []
     for unit in units:
@@ -247,10 +198,6 @@ def _decode(
         if media.used_documented_total:
             findings.notes.append("frames fitted to the documented 7,864,320 px in total")
     return inputs
-
-
-def _unit_name(index: int, units: Sequence[object]) -> str:
-    return f" [{index}]" if len(units) > 1 else ""
 
 
 def _excuse(unit: GoldenUnit, tokenizer: PromptTokenizer, media: GoldenMedia) -> tuple[str, str]:
@@ -271,105 +218,6 @@ def _excuse(unit: GoldenUnit, tokenizer: PromptTokenizer, media: GoldenMedia) ->
         else ""
     )
     return by_text, by_image
-
-
-def _compare_ids(
-    case: GoldenCase,
-    prompts: Sequence[npt.NDArray[np.int64]],
-    excuses: Sequence[str],
-    findings: _Findings,
-) -> None:
-    ids = case.arrays.get("input_ids")
-    if ids is None:
-        return
-    mask = case.arrays.get("attention_mask", np.ones_like(ids)).astype(bool)
-    for i, prompt in enumerate(prompts):
-        name = _unit_name(i, prompts)
-        theirs = ids[i][mask[i]]
-        equal = np.array_equal(prompt, theirs)
-        what = f"token ids{name}: {len(prompt)} here, {len(theirs)} there"
-        findings.check("ids", equal, what, excuses[i])
-
-
-def _compare_visions(
-    arrays: dict[str, npt.NDArray[Any]],
-    entry: dict[str, Any],
-    inputs: Iterable[EmbedInput],
-    excused: Sequence[bool],
-    findings: _Findings,
-) -> None:
-    """Compare grids and pixels of all images, and of all videos, of a batch in their order."""
-    inputs = list(inputs)
-    excuse = "pixels of a palette image with transparency" if any(excused) else ""
-    for kind, grids_key, pixels_key in (
-        ("images", "image_grid_thw", "pixel_values"),
-        ("videos", "video_grid_thw", "pixel_values_videos"),
-    ):
-        visions = [vision for unit in inputs for vision in getattr(unit, kind)]
-        ours = [list(vision.grid) for vision in visions]
-        theirs = arrays.get(grids_key)
-        theirs = entry.get(grids_key) if theirs is None else theirs.tolist()
-        stated = arrays.get(pixels_key)
-        summary = (entry.get("inputs") or {}).get(pixels_key)
-        if theirs is None and stated is None and not isinstance(summary, dict):
-            continue
-        if theirs is not None:
-            findings.check("grid", ours == theirs, f"{kind}: grids {ours} here, {theirs} there")
-        if stated is not None:
-            equal = np.array_equal(_pixel_rows(visions), stated)
-            findings.check("pixels", equal, f"pixels of the {kind}", excuse)
-        elif isinstance(summary, dict) and "sha256" in summary:
-            equal = _pixel_sha256(visions) == summary["sha256"]
-            findings.check("pixels", equal, f"pixels of the {kind} (sha256)", excuse)
-
-
-def _rows_of(vision: Vision) -> npt.NDArray[np.float32]:
-    from qvl_batch.model.patches import host_patch_rows
-
-    return host_patch_rows(vision.pixels)
-
-
-def _pixel_rows(visions: Sequence[Vision]) -> npt.NDArray[np.float32]:
-    rows = [_rows_of(vision) for vision in visions]
-    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
-
-
-def _pixel_sha256(visions: Sequence[Vision]) -> str:
-    digest = hashlib.sha256()
-    for vision in visions:
-        digest.update(_rows_of(vision).tobytes())
-    return digest.hexdigest()
-
-
-def _compare_vectors(
-    case: GoldenCase,
-    vectors: dict[int, npt.NDArray[np.float32]],
-    excuses: Sequence[str],
-    findings: _Findings,
-) -> None:
-    stored = case.arrays.get("embedding")
-    if stored is None:
-        return
-    for i, ours in vectors.items():
-        name = _unit_name(i, vectors)
-        theirs = stored[i].astype(np.float64)
-        if theirs.shape != ours.shape:
-            findings.wrong.append(
-                f"vector{name}: {len(ours)} dimensions here, {len(theirs)} there: another "
-                "checkpoint?"
-            )
-            continue
-        theirs = theirs / max(float(np.linalg.norm(theirs)), 1e-30)
-        cosine = float(ours.astype(np.float64) @ theirs) / float(np.linalg.norm(ours))
-        diff = float(np.abs(ours - stored[i]).max())
-        findings.cosines.append(cosine)
-        findings.diffs.append(diff)
-        findings.check(
-            "vectors",
-            cosine >= MIN_COSINE and diff <= MAX_ABS_DIFF,
-            f"vector{name}: cosine {cosine:.6f}, off by {diff:.3g}",
-            excuses[i],
-        )
 
 
 def format_table(results: Sequence[CaseResult]) -> Table:

@@ -3,8 +3,8 @@
 The layout is that of the official classes (Qwen3-VL-Embedding, ``qwen3_vl_embedding.py`` and
 ``qwen3_vl_reranker.py``) rendered with Qwen3-VL's ChatML. Two deliberate points:
 
-* What a user writes is text. ``<|im_end|>`` in a text is seven ordinary characters and more, never
-  a control token (the official classes let it become one).
+* What a user writes is text. ``<|im_end|>`` in a text is ten ordinary characters, never a
+  control token (the official classes let it become one).
 * A prompt's length is known from plans alone, before a pixel exists.
 
 Only the small ``tokenizers`` package is needed here: neither torch nor transformers is imported.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import json
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +21,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qvl_batch.budget import FACTOR_PX
 from qvl_batch.errors import EmbedFailedError, ModelError
+from qvl_batch.model.chat import (
+    Piece,
+    VisionShape,
+    embed_instruction,
+    embed_pieces,
+    merged,
+    pair_pieces,
+    shape_of,
+    split_plans,
+)
 from qvl_batch.recipe import DEFAULT_INSTRUCTION
-from qvl_batch.units import EmbedInput, PartPlan, Vision
+from qvl_batch.units import EmbedInput, PartPlan
 
-RERANK_SYSTEM = (
-    "Judge whether the Document meets the requirements based on the Query and the Instruct "
-    'provided. Note that the answer can only be "yes" or "no".'
-)
-DEFAULT_RERANK_INSTRUCTION = (
-    "Given a search query, retrieve relevant candidates that answer the query."
-)
 # <|im_end|> \n <|im_start|> assistant \n: what the official reranker never cuts.
 RERANK_TAIL_TOKENS = 5
-EMPTY_USER_TURN = "NULL"
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -47,34 +47,6 @@ _SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class VisionShape:
-    """What a prompt must know of an image or a video: tokens per temporal group, and times.
-
-    ``rows`` and ``columns`` count language-model tokens (32 x 32 px). ``seconds`` has one time per
-    group of a video and is empty for an image.
-    """
-
-    rows: int
-    columns: int
-    seconds: tuple[float, ...] = ()
-
-    @property
-    def groups(self) -> int:
-        return len(self.seconds) or 1
-
-
-def shape_of(part: Vision | PartPlan) -> VisionShape:
-    """Return the prompt's view of decoded frames or of a plan."""
-    if isinstance(part, PartPlan):
-        height, width = part.height_px, part.width_px
-    else:
-        _, height, width, _ = part.pixels.shape
-        if part.grid[0] != max(1, len(part.seconds)):
-            raise ValueError(f"{part.grid[0]} pairs of frames, {len(part.seconds)} times")
-    return VisionShape(height // FACTOR_PX, width // FACTOR_PX, part.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,43 +78,6 @@ class PromptIds:
     @property
     def truncated(self) -> bool:
         return len(self.ids) < self.num_untruncated
-
-
-# A piece of a prompt: ordinary text, a special token by name, or the pads of a temporal group.
-_Piece = str | tuple[str] | tuple[str, int, int]
-
-
-def _vision_pieces(shapes: Sequence[VisionShape], pad: str, nested: bool) -> Iterable[_Piece]:
-    """Yield the markers, times and pads of images or videos.
-
-    Un-nested is what the weights were released with (transformers 4.57: each group replaces the
-    template's own marker pair); nested is what transformers 5.10 and later make of the same
-    template (the outer pair stays).
-    """
-    for shape in shapes:
-        outer = nested and bool(shape.seconds)
-        if outer:
-            yield ("<|vision_start|>",)
-        for second in shape.seconds or (None,):
-            if second is not None:
-                yield f"<{second:.1f} seconds>"
-            yield ("<|vision_start|>",)
-            yield (pad, shape.rows, shape.columns)
-            yield ("<|vision_end|>",)
-        if outer:
-            yield ("<|vision_end|>",)
-
-
-def embed_instruction(instruction: str | None, default: str) -> str:
-    """Return the system turn: stripped, with a final dot unless it ends in punctuation.
-
-    Source: ``_format_messages`` of the official embedder. A blank instruction means the default,
-    which is taken as it is.
-    """
-    stripped = (instruction or "").strip()
-    if not stripped:
-        return default
-    return stripped if unicodedata.category(stripped[-1]).startswith("P") else stripped + "."
 
 
 class PromptTokenizer:
@@ -183,6 +118,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         # What users write stays text; the special tokens of the layout are placed by id.
         self._tokenizer.encode_special_tokens = True
+        self._folder = folder
         self.default_instruction = default_instruction
         self.max_tokens = max_tokens
         self.nested = token_layout == "nested"
@@ -234,8 +170,8 @@ class PromptTokenizer:
         """
         if self._suffix[-1:] != [self.special["<|endoftext|>"]]:
             raise ModelError(
-                "The checkpoint's tokenizer does not append <|endoftext|>, where an embedding is "
-                "read.",
+                f"The tokenizer of {self._folder} does not append <|endoftext|>, where an "
+                "embedding is read.",
                 "Use the tokenizer.json of a Qwen3-VL-Embedding checkpoint (not of an Instruct or "
                 "Reranker one).",
             )
@@ -256,7 +192,7 @@ class PromptTokenizer:
         plans: Sequence[PartPlan] = (),
     ) -> int:
         """Return the tokens of the whole prompt, not truncated, from plans alone."""
-        videos, images = _split(plans)
+        videos, images = split_plans(plans)
         return self._measure(texts, images, videos, instruction)[0]
 
     def count_uncuttable(
@@ -267,7 +203,7 @@ class PromptTokenizer:
         Texts stand behind images and videos, so a prompt that is too long only by its texts is cut
         and not refused; one with more uncuttable tokens than the context can not be embedded.
         """
-        videos, images = _split(plans)
+        videos, images = split_plans(plans)
         return self._measure((), images, videos, instruction)[1] + len(self._suffix)
 
     def _measure(
@@ -279,7 +215,7 @@ class PromptTokenizer:
     ) -> tuple[int, int]:
         """Return the prompt's tokens, and those before the end of its last pad."""
         total, last_pad = len(self._prefix), 0
-        for piece in _merged(self._embed_pieces(texts, images, videos, instruction)):
+        for piece in merged(self._pieces(texts, images, videos, instruction)):
             if isinstance(piece, str):
                 total += len(self._ids(piece))
             elif len(piece) == 3:
@@ -299,10 +235,10 @@ class PromptTokenizer:
             EmbedFailedError: If the cut would fall inside vision tokens, or a text is not valid
                 Unicode.
         """
-        pieces = self._embed_pieces(
+        pieces = self._pieces(
             unit.texts,
-            [shape_of(vision) for vision in unit.images],
-            [shape_of(vision) for vision in unit.videos],
+            [*map(shape_of, unit.images)],
+            [*map(shape_of, unit.videos)],
             unit.instruction,
         )
         ids, spans = self._assemble(pieces, unit.uri)
@@ -329,21 +265,7 @@ class PromptTokenizer:
         Raises:
             EmbedFailedError: If a text is not valid Unicode.
         """
-        pieces: list[_Piece] = [
-            ("<|im_start|>",),
-            f"system\n{RERANK_SYSTEM}",
-            ("<|im_end|>",),
-            "\n",
-            ("<|im_start|>",),
-            f"user\n<Instruct>: {instruction}<Query>:",
-            *self._side(query),
-            "\n<Document>:",
-            *self._side(document),
-            ("<|im_end|>",),
-            "\n",
-            ("<|im_start|>",),
-            "assistant\n",
-        ]
+        pieces = pair_pieces(instruction, query, document, self.nested)
         ids, spans = self._assemble(pieces, document.uri)
         ids += self._suffix
         whole = len(ids)
@@ -361,47 +283,20 @@ class PromptTokenizer:
         spans = [Span(int(moved[span.start]), span.rows, span.columns) for span in spans]
         return [*head[kept].tolist(), *ids[-RERANK_TAIL_TOKENS:]], spans
 
-    def _side(self, side: EmbedInput) -> list[_Piece]:
-        return list(
-            self._content(
-                side.texts,
-                [shape_of(vision) for vision in side.images],
-                [shape_of(vision) for vision in side.videos],
-            )
-        )
-
-    def _content(
-        self, texts: Sequence[str], images: Sequence[VisionShape], videos: Sequence[VisionShape]
-    ) -> Iterable[_Piece]:
-        yield from _vision_pieces(videos, "<|video_pad|>", self.nested)
-        yield from _vision_pieces(images, "<|image_pad|>", self.nested)
-        yield from texts
-        if not (texts or images or videos):
-            yield EMPTY_USER_TURN
-
-    def _embed_pieces(
+    def _pieces(
         self,
         texts: Sequence[str],
         images: Sequence[VisionShape],
         videos: Sequence[VisionShape],
         instruction: str | None,
-    ) -> Iterable[_Piece]:
-        yield ("<|im_start|>",)
-        yield f"system\n{embed_instruction(instruction, self.default_instruction)}"
-        yield ("<|im_end|>",)
-        yield "\n"
-        yield ("<|im_start|>",)
-        yield "user\n"
-        yield from self._content(texts, images, videos)
-        yield ("<|im_end|>",)
-        yield "\n"
-        yield ("<|im_start|>",)
-        yield "assistant\n"
+    ) -> Iterable[Piece]:
+        system = embed_instruction(instruction, self.default_instruction)
+        return embed_pieces(system, texts, images, videos, self.nested)
 
-    def _assemble(self, pieces: Iterable[_Piece], uri: str) -> tuple[list[int], list[Span]]:
+    def _assemble(self, pieces: Iterable[Piece], uri: str) -> tuple[list[int], list[Span]]:
         ids = list(self._prefix)
         spans = []
-        for piece in _merged(pieces):
+        for piece in merged(pieces):
             if isinstance(piece, str):
                 try:
                     ids += self._ids(piece)
@@ -422,24 +317,3 @@ class PromptTokenizer:
 
     def _text_ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _split(plans: Sequence[PartPlan]) -> tuple[list[VisionShape], list[VisionShape]]:
-    """Return the shapes of videos and of images."""
-    shapes = [shape_of(plan) for plan in plans]
-    return [shape for shape in shapes if shape.seconds], [s for s in shapes if not s.seconds]
-
-
-def _merged(pieces: Iterable[_Piece]) -> Iterable[_Piece]:
-    """Join neighbouring texts: a tokenizer sees everything between two special tokens at once."""
-    text = ""
-    for piece in pieces:
-        if isinstance(piece, str):
-            text += piece
-            continue
-        if text:
-            yield text
-            text = ""
-        yield piece
-    if text:
-        yield text

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from qvl_batch.errors import BadVectorError, UnitError
+from qvl_batch.model.chat import DEFAULT_RERANK_INSTRUCTION
 from qvl_batch.model.forward import PackedModel, PackedPrompt
 from qvl_batch.model.load import choose_device, choose_dtype, load_checkpoint, load_head_rows
-from qvl_batch.model.prompt import DEFAULT_RERANK_INSTRUCTION, PromptTokenizer
+from qvl_batch.model.prompt import PromptTokenizer
 from qvl_batch.units import EmbedInput
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from qvl_batch.errors import EmbedFailedError, ModelError
-from qvl_batch.model.prompt import RERANK_SYSTEM, PromptTokenizer
+from qvl_batch.model.chat import RERANK_SYSTEM
+from qvl_batch.model.prompt import PromptTokenizer
 from qvl_batch.units import EmbedInput, PartPlan
 from tests.model.model_inputs import clip, edit_json, picture
 
