@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from qvl_batch.errors import CorruptMediaError, LimitExceededError
 from qvl_batch.recipe import DocumentBudget, ImageBudget, Recipe, VideoBudget
@@ -68,8 +69,7 @@ def choose_frames(
     """Return the indices of the frames to embed, evenly spaced from first to last.
 
     Source: ``smart_nframes`` of qwen-vl-utils 0.0.14 (at least 4 frames, an even number, never
-    more than there are), then ``torch.linspace(0, total - 1, n).round()``, which equals this
-    float64 form on every total below 4,000.
+    more than there are), then ``torch.linspace(0, total - 1, n).round()``.
 
     Returns:
         Non-decreasing indices in ``[0, num_frames)``, an even number of them, at least 2.
@@ -86,7 +86,20 @@ def choose_frames(
     n = int(wanted) // FRAME_FACTOR * FRAME_FACTOR
     if n < FRAME_FACTOR:
         raise SizeError(f"at most {max_frames} frame(s); a video needs at least {FRAME_FACTOR}")
-    return tuple(int(i) for i in np.linspace(0, num_frames - 1, n).round())
+    return tuple(int(i) for i in _linspace(num_frames - 1, n).round())
+
+
+def _linspace(last: int, n: int) -> npt.NDArray[np.float32]:
+    """Return ``torch.linspace(0, last, n)`` to the bit.
+
+    torch steps in float32, forwards to the middle and backwards from the end, with fused
+    multiply-add. Float64 steps would choose other frames of some videos above 100,000 frames.
+    """
+    step = np.float64(np.float32(last) / np.float32(n - 1))
+    forwards = step * np.arange(n // 2)
+    # The product is exact in float64, so the difference is rounded once, as fused.
+    backwards = np.float64(np.float32(last)) - step * np.arange(n - n // 2 - 1, -1, -1)
+    return np.concatenate([forwards, backwards]).astype(np.float32)
 
 
 def frame_size(

@@ -36,7 +36,10 @@ class Model(Protocol):
         ...
 
     def load_counter(self, recipe: Recipe) -> Callable[..., int]:
-        """Return the function that counts a prompt's tokens."""
+        """Return the function that counts the tokens of a prompt that no cut may take.
+
+        Called with ``instruction`` and ``plans``: captions do not count, since they are cut.
+        """
         ...
 
 
@@ -97,4 +100,4 @@ class QwenCheckpoint:
             default_instruction=recipe.instruction,
             max_tokens=recipe.max_tokens,
             token_layout=recipe.token_layout,
-        ).count
+        ).count_uncuttable

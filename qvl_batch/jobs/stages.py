@@ -149,10 +149,8 @@ class DecodingWorker:
             return _Decoded(failure=failure_value(error))
 
     def _counter_of(self, row: Mapping[str, Any]) -> Callable[[PartPlan], int]:
-        texts = (row["text"],) if row["text"] is not None else ()
-
         def count(plan: PartPlan) -> int:
-            return self._count_tokens(texts=texts, instruction=row["instruction"], plans=[plan])
+            return self._count_tokens(instruction=row["instruction"], plans=[plan])
 
         return count
 
