@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+from qvl_batch import __version__
 from qvl_batch.config import ModelSection
 from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage
@@ -53,8 +56,15 @@ class QwenCheckpoint:
     threads: int | None = None
     resize: str = "qvl_batch.model.resize:resize_frame"
 
-    @cached_property
+    @classmethod
+    def of(cls, section: ModelSection, storage: Storage, batch_tokens: int) -> QwenCheckpoint:
+        """Return the checkpoint with a local folder made absolute: workers run elsewhere."""
+        if os.path.isdir(section.path):
+            section = section.model_copy(update={"path": os.path.abspath(section.path)})
+        return cls(section, storage, batch_tokens)
+
     def folder(self) -> Path:
+        """Return the folder on this node, fetched if need be; not kept, since nodes differ."""
         from qvl_batch.model.load import resolve_model
 
         return resolve_model(self.section.path, self.section.revision, self.storage)
@@ -62,15 +72,20 @@ class QwenCheckpoint:
     def digest(self) -> str:
         from qvl_batch.model.load import weights_digest
 
-        return weights_digest(self.folder)
+        return weights_digest(self.folder())
 
     def dim(self) -> int:
         from qvl_batch.model.load import full_dim
 
-        return full_dim(self.folder)
+        return full_dim(self.folder())
 
     def stated(self) -> dict[str, str]:
+        packages = ("torch", "transformers", "pillow", "av", "pypdfium2", "pylance")
         return {
+            "qvl.versions": json.dumps(
+                # Our own is not asked for by name: a cluster may run it uninstalled.
+                {"qvl-batch": __version__} | {name: version(name) for name in packages}
+            ),
             "qvl.model": self.section.path,
             "qvl.revision": self.section.revision or "",
             "qvl.dtype": self.section.dtype,
@@ -81,7 +96,7 @@ class QwenCheckpoint:
         from qvl_batch.model.engine import EmbedEngine
 
         return EmbedEngine(
-            self.folder,
+            self.folder(),
             dim=recipe.dim,
             encodings=recipe.encodings,
             instruction=recipe.instruction,
@@ -96,7 +111,7 @@ class QwenCheckpoint:
         from qvl_batch.model.prompt import PromptTokenizer
 
         return PromptTokenizer(
-            self.folder,
+            self.folder(),
             default_instruction=recipe.instruction,
             max_tokens=recipe.max_tokens,
             token_layout=recipe.token_layout,

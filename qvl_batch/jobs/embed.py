@@ -93,7 +93,7 @@ def prepare(
     units = identify(manifest, collection)
     store = TableStore(config.output.root, storage)
     store.check_writable()
-    model = model or QwenCheckpoint(config.model, storage, config.pools.embed.batch_tokens)
+    model = model or QwenCheckpoint.of(config.model, storage, config.pools.embed.batch_tokens)
     recipe = config.build_recipe(model.digest(), model.dim())
     check_recipe(store, collection, recipe)
     plan = plan_units(
@@ -205,7 +205,7 @@ def run_embed(
         report, exit_code=EXIT_OF_SIGNAL[stopped_by] if stopped_by is not None else 0
     )
     if plan.todo.num_rows:
-        write_report(report, config.output.root, job.storage)
+        write_report(report, job.store.root, job.storage)
     echo(str(report))
     return report
 
@@ -385,7 +385,7 @@ class _Run:
             num_units=job.plan.todo.num_rows,
             writes=_RayWrites(
                 WriteRows(
-                    root=config.output.root,
+                    root=job.store.root,
                     storage=job.storage,
                     collection=config.output.collection,
                     schemas=job.schemas,

@@ -215,6 +215,36 @@ def test_inline_texts_carry_metadata_and_equal_rows_collapse(make_job, tmp_path,
     ]
 
 
+def test_captions_instructions_and_frame_options_of_a_unit_count(corpus, tmp_path, make_job):
+    picture = str(next((corpus.media_dir / "dt=2026-01-01/pictures").glob("*.png")))
+    clip = str(next((corpus.media_dir / "dt=2026-01-01/clips").glob("*.mp4")))
+    units = [
+        {"uri": picture, "kind": "image"},
+        {"uri": picture, "kind": "image", "text": "a red ring"},
+        {"uri": picture, "kind": "mixed", "text": "a blue ring"},
+        {"uri": clip, "kind": "video"},
+        {"uri": clip, "kind": "video", "max_frames": 4, "text": "four"},
+        {"uri": clip, "kind": "mixed", "text": "a clip"},
+        {"uri": None, "kind": "text", "text": "hello"},
+        {"uri": "note-1", "kind": "text", "text": "hello", "instruction": "Find a greeting"},
+        {"uri": clip, "kind": "video", "fps": 0.25, "text": "slow"},
+    ]
+    manifest = str(tmp_path / "units.parquet")
+    table = pa.Table.from_pylist(
+        [{"instruction": None, "fps": None, "max_frames": None, "text": None} | u for u in units]
+    )
+    pq.write_table(table, manifest)
+    job = type(make_job(str(corpus.media_dir)))(manifest=manifest, root=str(tmp_path / "units"))
+    report = run_embed(job.config("recipe.encodings=[float32]"))
+    assert (report.embedded, report.failed) == (9, 0)
+    rows = {(row["uri"], row["text"]): row for row in job.rows("media").to_pylist()}
+    frames = {text: rows[clip, text]["num_frames"] for text in (None, "four", "a clip", "slow")}
+    assert frames == {None: 8, "four": 4, "a clip": 8, "slow": 4}
+    vectors = np.array([row["vector"] for row in rows.values()])
+    cosines = vectors @ vectors.T - np.eye(len(vectors))
+    assert cosines.max() < 0.9999, "an option did not count"
+
+
 def test_limit_takes_the_first_units_and_a_rerun_the_rest(corpus, make_job):
     job = make_job(str(corpus.media_dir))
     first = run_embed(job.config("input.limit=10"))
