@@ -131,7 +131,10 @@ def prepare(
 
 
 def check_recipe(store: TableStore, collection: str, recipe: Recipe) -> None:
-    """Refuse a collection that was made by another recipe, in any of its tables.
+    """Refuse a collection that was made by another recipe.
+
+    One table tells: none is added to a collection without this check. The tables that a run
+    writes to are each compared again when their columns are.
 
     Raises:
         RecipeMismatchError: Naming the fields that differ.
@@ -141,6 +144,7 @@ def check_recipe(store: TableStore, collection: str, recipe: Recipe) -> None:
             dataset = store.open(name)
             if dataset is not None:
                 check_table_recipe(dataset, recipe)
+                return
 
 
 def create_tables(job: EmbedJob) -> None:
