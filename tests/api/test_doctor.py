@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qvl_batch.api.doctor import doctor, format_table, run_doctor
+from qvl_batch.api.frame_lists import frame_list_indices
 from qvl_batch.api.golden import has_palette_transparency, read_golden
-from qvl_batch.api.golden_media import frame_list_indices
 from qvl_batch.errors import InputError
 from qvl_batch.model.prompt import PromptTokenizer
 from qvl_batch.units import EmbedInput, Vision
