@@ -26,7 +26,6 @@ from qvl_batch.media.decoder import DecodeLimits, Decoder
 from qvl_batch.media.fetch import Fetcher, Source
 from qvl_batch.media.held import is_picture, picture_header, read_picture, resize_picture
 from qvl_batch.model.prompt import PromptTokenizer
-from qvl_batch.model.resize import resize_frame
 from qvl_batch.recipe import DocumentBudget, ImageBudget, VideoBudget
 from qvl_batch.storage import Storage
 from qvl_batch.units import EmbedInput, Header, PartPlan, Vision
@@ -213,6 +212,9 @@ class ItemReader:
 
     def _decode_list(self, one: _Opened, plan: PartPlan) -> npt.NDArray[np.uint8]:
         """Return the frames at their final size; only one is held at its own size."""
+        # Not above: it imports torch, which a child can do for itself meanwhile.
+        from qvl_batch.model.resize import resize_frame
+
         pixels = np.empty((plan.num_frames, plan.height_px, plan.width_px, 3), np.uint8)
         sizes: set[tuple[int, int]] = set()
         for place, index in enumerate(plan.frame_indices):
