@@ -161,7 +161,9 @@ class StorageSection(_Section):
     anonymous: bool = Field(False, description="Read public buckets without credentials")
 
     def to_storage(self) -> Storage:
-        return Storage(endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous)
+        return Storage.of(
+            endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous
+        )
 
 
 class EmbedConfig(_Section):
