@@ -15,6 +15,7 @@ from qvl_batch.api.reader import (
     ItemReader,
     batches,
     budget_of,
+    check_frame_list,
     named,
     parse_items,
 )
@@ -79,6 +80,13 @@ class Embedder:
         decode_limits: DecodeLimits | None = None,
     ) -> None:
         storage = storage or Storage.of()
+        # Before the weights are loaded: a wrong budget is told at once.
+        budgets = {
+            "image": budget_of(ImageBudget, image, "image"),
+            "video": budget_of(VideoBudget, video, "video"),
+            "document": budget_of(DocumentBudget, document, "document"),
+        }
+        check_frame_list(frame_list)
         self._engine = EmbedEngine(
             resolve_model(str(model), revision, storage),
             dim=dim,
@@ -93,9 +101,7 @@ class Embedder:
         self._reader = ItemReader(
             self._engine.tokenizer,
             storage=storage,
-            image=budget_of(ImageBudget, image, "image"),
-            video=budget_of(VideoBudget, video, "video"),
-            document=budget_of(DocumentBudget, document, "document"),
+            **budgets,
             frame_list=frame_list,
             limits=decode_limits,
         )

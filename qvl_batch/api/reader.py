@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -322,6 +322,12 @@ def budget_of(budget: type, given: Any, name: str) -> Any:
             f"{name} is {given!r}.", f"Give a {budget.__name__} or any of {', '.join(fields)}."
         )
     return budget(**given)
+
+
+def check_frame_list(way: str) -> None:
+    """Raise `InputError` unless this is a way to take lists of frames."""
+    if way not in get_args(FrameListWay):
+        raise InputError(f"frame_list is {way!r}.", "Give 'sampled' or 'official'.")
 
 
 def named(error: UnitError, where: str) -> UnitError:

@@ -14,6 +14,7 @@ from qvl_batch.api.reader import (
     ItemReader,
     batches,
     budget_of,
+    check_frame_list,
     named,
     parse_items,
 )
@@ -63,6 +64,13 @@ class Reranker:
         decode_limits: DecodeLimits | None = None,
     ) -> None:
         storage = storage or Storage.of()
+        # Before the weights are loaded: a wrong budget is told at once.
+        budgets = {
+            "image": budget_of(ImageBudget, image, "image"),
+            "video": budget_of(VideoBudget, video, "video"),
+            "document": budget_of(DocumentBudget, document, "document"),
+        }
+        check_frame_list(frame_list)
         self._engine = RerankEngine(
             resolve_model(str(model), revision, storage),
             instruction=instruction,
@@ -75,9 +83,7 @@ class Reranker:
         self._reader = ItemReader(
             self._engine.tokenizer,
             storage=storage,
-            image=budget_of(ImageBudget, image, "image"),
-            video=budget_of(VideoBudget, video, "video"),
-            document=budget_of(DocumentBudget, document, "document"),
+            **budgets,
             frame_list=frame_list,
             limits=decode_limits,
         )

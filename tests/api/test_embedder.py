@@ -1,5 +1,7 @@
 """`Embedder` in one process, without Ray, on real files and pictures in memory."""
 
+import contextlib
+
 import av
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from PIL import Image
 
 from qvl_batch import Embedder
 from qvl_batch.api.golden import read_golden
+from qvl_batch.api.inputs import parse_item
 from qvl_batch.api.parity import CASES
+from qvl_batch.api.reader import ItemReader
 from qvl_batch.demo.checkpoint import embedding_dir
 from qvl_batch.errors import (
     ConfigError,
@@ -19,6 +23,9 @@ from qvl_batch.errors import (
     MissingMediaError,
     ModelError,
 )
+from qvl_batch.model.prompt import PromptTokenizer
+from qvl_batch.recipe import VideoBudget
+from qvl_batch.storage import Storage
 from tests.api.conftest import BUDGETS, GOLDEN
 
 # Same pixels through another door: nothing but the rounding of another packing may differ.
@@ -273,6 +280,8 @@ def test_wrong_arguments_are_refused(embedder, tmp_path):
         embedder.embed(["a"], errors="ignore")
     with pytest.raises(InputError, match=r"video is .*Give a VideoBudget or any of fps"):
         Embedder(embedding_dir(), video={"frames": 3})
+    with pytest.raises(InputError, match="frame_list is 'oficial'"):
+        Embedder("nowhere", frame_list="oficial")
     with pytest.raises(ConfigError, match=r"image\.min_px"):
         Embedder(embedding_dir(), image={"min_px": 1})
     with pytest.raises(ModelError, match=r"no config\.json"):
@@ -280,22 +289,25 @@ def test_wrong_arguments_are_refused(embedder, tmp_path):
 
 
 def test_a_video_beyond_the_context_gets_the_documented_total(media):
-    clip = media / "v1fps_70s_1280x720.mp4"
-    budget = {"max_frames": 32}
+    item = parse_item(media / "v1fps_70s_1280x720.mp4")
     # 32 frames at the budget of files need 11,520 tokens, at 7,864,320 px in all 7,680.
-    with Embedder(embedding_dir(), video=budget) as one:
-        fitted = one.embed([clip])
-    with Embedder(embedding_dir(), video=budget | {"total_px": 7_864_320}) as one:
-        same(one.embed([clip]), fitted)
-    with (
-        Embedder(embedding_dir(), video=budget, max_tokens=5000) as one,
-        pytest.raises(
-            LimitExceededError,
-            match=r"item 0 \(.*1 video\(s\) of 32 frames and 0 image\(s\) need 7\d\d\d tokens, the "
-            "context is 5000",
-        ),
-    ):
-        one.embed([clip])
+    shapes = {}
+    for max_tokens in (16_384, 8192, 5000):
+        tokenizer = PromptTokenizer(embedding_dir(), max_tokens=max_tokens)
+        reader = ItemReader(tokenizer, storage=Storage(), video=VideoBudget(max_frames=32))
+        with contextlib.closing(reader):
+            if max_tokens == 5000:
+                words = r"1 video\(s\) of 32 frames and 0 image\(s\) need 7\d{3} tokens, .* is 5000"
+                with pytest.raises(LimitExceededError, match=words):
+                    reader.read(item)
+                continue
+            (vision,) = reader.read(item).videos
+        shapes[max_tokens] = (vision.grid, reader.used_documented_total)
+    assert shapes[16_384] == ((16, 40, 72), False)
+    assert shapes[8192][1]
+    groups, rows, columns = shapes[8192][0]
+    # A pair of frames counts once, as in the official budget.
+    assert 7_000_000 < groups * rows * columns * 16**2 <= 7_864_320
 
 
 def test_media_of_one_item_share_the_context(media):
