@@ -55,6 +55,9 @@ class ModelSection(_Section):
     query_instruction: str = Field(
         DEFAULT_QUERY_INSTRUCTION, description="Stored for search; does not change the vectors"
     )
+    check: bool = Field(
+        True, description="Compare this installation with stored vectors before anything is written"
+    )
 
 
 class ImageSection(_Section):

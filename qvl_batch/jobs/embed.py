@@ -24,6 +24,8 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from qvl_batch import schema
+from qvl_batch.api.certificate import Certificate
+from qvl_batch.api.parity import check_stack
 from qvl_batch.config import EmbedConfig, LimitsSection
 from qvl_batch.errors import (
     QvlError,
@@ -41,7 +43,7 @@ from qvl_batch.jobs.plan import (
     read_manifest,
     units_per_block,
 )
-from qvl_batch.jobs.report import RunReport, write_report
+from qvl_batch.jobs.report import RunReport, write_certificate, write_report
 from qvl_batch.jobs.stages import DecodeMedia, DecodingWorker, EmbedMedia
 from qvl_batch.media.decoder import DecodeLimits
 from qvl_batch.media.fetch import FetchLimits
@@ -65,6 +67,7 @@ class EmbedJob:
     recipe: Recipe
     plan: Plan
     schemas: Mapping[str, pa.Schema]
+    certificate: Certificate | None = None
 
 
 def prepare(
@@ -74,7 +77,8 @@ def prepare(
 
     Raises:
         InputError: If anything in the configuration, the manifest, the model, the storage or the
-            existing tables does not go together.
+            existing tables does not go together, or if this installation gives other vectors than
+            it should.
     """
     storage = config.storage.to_storage()
     collection = config.output.collection
@@ -96,12 +100,13 @@ def prepare(
         max_attempts=config.limits.max_attempts,
         limit=config.input.limit,
     )
+    certificate = certify(config, model) if plan.todo.num_rows else None
+    stated = model.stated() | ({"qvl.certificate": certificate.sha256} if certificate else {})
     schemas = {
         name: schema.table_rows(
             recipe,
             [f for f in manifest.extra_fields if f.name not in schema.MANIFEST.names],
-            {"qvl.collection": collection, "qvl.partition": partition_json(partition)}
-            | model.stated(),
+            {"qvl.collection": collection, "qvl.partition": partition_json(partition)} | stated,
         )
         for name, partition in plan.partitions.items()
     }
@@ -117,7 +122,19 @@ def prepare(
         recipe=recipe,
         plan=plan,
         schemas=schemas,
+        certificate=certificate,
     )
+
+
+def certify(config: EmbedConfig, model: Model) -> Certificate | None:
+    """Return the certificate of this installation; None if it is not asked for.
+
+    It is about the path of Qwen3-VL checkpoints: another model has another path.
+
+    Raises:
+        ModelError: If the installation is broken, naming what differs.
+    """
+    return check_stack() if config.model.check and isinstance(model, QwenCheckpoint) else None
 
 
 def check_recipe(store: TableStore, collection: str, recipe: Recipe) -> None:
@@ -171,6 +188,9 @@ def run_embed(
     if plan.todo.num_rows:
         pools = choose_pools(config.pools, connect(config.pools.address))
         echo(f"run {job.run_id}: {pools}")
+        if job.certificate is not None:
+            # Before the first row: the tables state its hash, whatever becomes of the run.
+            write_certificate(job.certificate, job.run_id, job.store.root, job.storage)
         run = Run(job, pools, embed_graph, echo)
         try:
             stopped_by = run.drive()
