@@ -6,6 +6,7 @@ holds the partition, 130/143 stopped by Ctrl-C/SIGTERM.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -165,6 +166,8 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors of ours become one line on stderr and an exit code."""
+    # A run takes the signal over to end in good order; before and after it nothing is to be saved.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app(args=arguments, prog_name="qvl-batch")
     except QvlError as error:

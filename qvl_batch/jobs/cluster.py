@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,7 +115,7 @@ def connect(address: str | None) -> list[Node]:
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.CRITICAL)
     if not ray.is_initialized():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_sigterm():
             # Ray forks and executes its servers at once; no forked process touches Lance.
             warnings.filterwarnings("ignore", message="lance is not fork-safe")
             _start(address or os.environ.get("RAY_ADDRESS") or "local")
@@ -161,3 +163,20 @@ def _silent_stderr() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep our SIGTERM handler: Ray puts its own in place, which exits with the bare number."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, ours)
