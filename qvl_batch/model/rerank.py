@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -44,7 +45,7 @@ class RerankEngine:
         token_layout: str = "unnested",
         dtype: str = "auto",
         device: str = "auto",
-        batch_tokens: int = 16_384,
+        batch_tokens: int | Literal["auto"] = "auto",
         threads: int | None = None,
     ) -> None:
         folder = Path(folder)
