@@ -96,7 +96,6 @@ class PackedModel:
     ) -> None:
         self.model = model
         self.device = model.device
-        self.dtype = model.dtype
         if batch_tokens == "auto":
             batch_tokens = self._tokens_that_fit(prefixes)
         self.batch_tokens = batch_tokens
@@ -115,6 +114,11 @@ class PackedModel:
             kernel_name(self.device, self.dtype),
             batch_tokens,
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.model.dtype
 
     def _tokens_that_fit(self, prefixes: bool) -> int:
         if self.device.type != "cuda":

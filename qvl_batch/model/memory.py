@@ -20,8 +20,10 @@ CPU_TOKENS = 16_384
 MOST_TOKENS = 32_768
 # Below this a pass is too short to be worth trying; a unit may need more anyway.
 LEAST_TOKENS = 1024
-# The rest is for the allocator's gaps, the kernels' workspaces and other processes.
+# The rest is for kept features, the allocator's gaps, kernels' workspaces and other processes.
 USABLE_SHARE = 0.8
+FEATURE_SHARE = 0.1
+CPU_FEATURE_BYTES = 2**30
 
 
 def attempt(compute: Callable[[], Result], device: torch.device) -> Result | None:
@@ -108,3 +110,10 @@ def free_memory(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + held
+
+
+def feature_bytes(device: torch.device) -> int:
+    """Return how much memory vision features may hold that are kept for later prompts."""
+    if device.type != "cuda":
+        return CPU_FEATURE_BYTES
+    return int(free_memory(device) * FEATURE_SHARE)

@@ -70,6 +70,8 @@ class VisionTower:
         self._visual = visual
         self.max_patches = max_patches
         self.hard_limit_patches = hard_limit_patches
+        # Images and videos that have gone through, however often each.
+        self.num_encoded = 0
         self._places = functools.lru_cache(maxsize=256)(self._place)
 
     @torch.inference_mode()
@@ -96,6 +98,7 @@ class VisionTower:
                 # Smaller from here on: the next chunk would most likely fail as well.
                 self.max_patches = max(1, min(self.max_patches, patches // 2))
                 chunks.extendleft(reversed(smaller))
+        self.num_encoded += len(visions)
         return [join_features(part) for part in parts]
 
     def _try(
