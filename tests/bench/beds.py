@@ -12,11 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qvl_batch.model.attention import takes_prefix
+from qvl_batch.model.chat import DEFAULT_RERANK_INSTRUCTION
 from qvl_batch.model.encode import truncate
 from qvl_batch.model.engine import EmbedEngine
+from qvl_batch.model.feature_store import FeatureStore
 from qvl_batch.model.forward import PackedModel, PackedPrompt
+from qvl_batch.model.memory import feature_bytes
 from qvl_batch.model.prompt import PromptTokenizer
-from qvl_batch.model.rerank import RerankEngine
+from qvl_batch.model.rerank import RerankEngine, ReuseCounts
 from qvl_batch.units import EmbedInput
 from tests.bench.shapes import Shape, packed_form, random_model, save_weights, write_folder
 
@@ -51,6 +55,33 @@ class MemoryEngine:
         return truncate(states, states.shape[1]).cpu().numpy()
 
 
+class MemoryReranker(RerankEngine):
+    """``RerankEngine`` on a model that is in no folder: only its construction is another."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        batch_tokens: int,
+        *,
+        reuse_vision: bool,
+        reuse_prefix: bool,
+    ) -> None:
+        # The parent's would load the folder's weights.
+        self.instruction = DEFAULT_RERANK_INSTRUCTION
+        self.tokenizer = PromptTokenizer(folder, max_tokens=10_240)
+        self._packed = PackedModel(
+            packed_form(model), batch_tokens=batch_tokens, prefixes=reuse_prefix
+        )
+        self.reuse_vision = reuse_vision
+        self.reuse_prefix = reuse_prefix and takes_prefix(model.device, model.dtype)
+        self._store = FeatureStore(self._packed.tower, feature_bytes(model.device))
+        self.counts = ReuseCounts()
+        rows = model.get_input_embeddings().weight
+        yes, no = (self.tokenizer.vocabulary_id(word) for word in ("yes", "no"))
+        self._direction = rows[yes] - rows[no]
+
+
 @dataclass(frozen=True)
 class Bed:
     """One model to measure.
@@ -76,13 +107,9 @@ class Bed:
         return EmbedEngine(self.folder, device=str(self.device), batch_tokens=batch_tokens)
 
     def reranker(self, batch_tokens: int, **options: bool) -> RerankEngine:
-        """Return our reranker, which loads from a folder only.
-
-        Raises:
-            FileNotFoundError: If the model has no weights on disk.
-        """
+        """Return our reranker; from the folder, as users get it, where there are weights."""
         if not self.on_disk:
-            raise FileNotFoundError("RerankEngine loads from a folder, and this model is in none")
+            return MemoryReranker(self.plain, self.reranker_folder, batch_tokens, **options)
         return RerankEngine(
             self.reranker_folder, device=str(self.device), batch_tokens=batch_tokens, **options
         )

@@ -5,8 +5,8 @@
 Everybody begins with the same texts and JPEG files in the same order, works in one process, and
 takes turns. sentence-transformers sorts what it gets: texts by their characters and open pictures
 by their pixels, but pictures given as paths by the characters of the path; both are measured. The
-lengths it batches are read off its calls of the model. A peer that can not run here has its reason
-in the table. Peers are the extra ``bench``: ``pip install -e '.[bench]'``.
+lengths that peers batch are read off their calls of the model. A peer that can not run here has its
+reason below the table. Peers are the extra ``bench``: ``pip install -e '.[bench]'``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 BATCH = 8
 OURS = "ours, packed"
-PREPARED = "ours, pictures decoded before (as in a job)"
-PLAIN = f"official algorithm, plain transformers, by {BATCH}"
-SENTENCE_OPEN = f"sentence-transformers, open pictures, by {BATCH}"
+PREPARED = "ours, decoded before (as in a job)"
+PLAIN = f"plain transformers, by {BATCH}"
+SENTENCE_OPEN = f"sentence-transformers, open, by {BATCH}"
 SENTENCE_PATHS = f"sentence-transformers, paths, by {BATCH}"
 
 

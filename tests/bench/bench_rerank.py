@@ -10,7 +10,6 @@ that reuses nothing.
 from __future__ import annotations
 
 import functools
-import inspect
 import random
 import statistics
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from qvl_batch.model.pairs import Pair
 from qvl_batch.model.rerank import RerankEngine
 from qvl_batch.units import EmbedInput
 from tests.bench.beds import Bed
@@ -29,7 +29,6 @@ from tests.bench.measure import (
     max_abs_diff,
     median_ratio,
     print_table,
-    say,
 )
 
 NOTHING = "nothing reused"
@@ -50,21 +49,10 @@ class RerankResult:
     max_abs_diff: dict[tuple[int, str], float]
 
 
-def ways_here() -> dict[str, dict[str, bool]]:
-    """Return the ways that this build's ``RerankEngine`` knows."""
-    known = set(inspect.signature(RerankEngine.__init__).parameters)
-    if {"reuse_vision", "reuse_prefix"} <= known:
-        return WAYS
-    return {NOTHING: {}}
-
-
 def bench_rerank(
     bed: Bed, *, candidates: tuple[int, ...], side_px: int, rounds: int, batch_tokens: int
 ) -> RerankResult:
     """Measure and print one table; documents are pictures of ``side_px`` squared and texts."""
-    ways = ways_here()
-    if len(ways) < len(WAYS):
-        say("(c) RerankEngine has no options reuse_vision and reuse_prefix: measured without.")
     rows: list[tuple[Any, ...]] = []
     speed_up, differences = {}, {}
     clock = clock_name(bed.device)
@@ -75,7 +63,7 @@ def bench_rerank(
             name: functools.partial(
                 _scores, bed.reranker(batch_tokens, **options), queries, documents
             )
-            for name, options in ways.items()
+            for name, options in WAYS.items()
         }
         scores, seconds = interleaved(bed.device, calls, rounds)
         for name in calls:
@@ -114,8 +102,8 @@ def _scores(
     Raises:
         UnitError: If a pair failed.
     """
-    scores = [engine.score(query, documents) for query in queries]
-    failures = [score for row in scores for score in row if not isinstance(score, float)]
+    scores = engine.score_pairs([Pair(q, document) for q in queries for document in documents])
+    failures = [score for score in scores if not isinstance(score, float)]
     if failures:
         raise failures[0]
-    return np.array(scores, np.float32)
+    return np.array(scores, np.float32).reshape(len(queries), len(documents))

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLProcessor
 from transformers.processing_utils import ProcessorMixin
@@ -158,6 +159,7 @@ class SentenceTransformersPeer:
             # Loaded on a small model, whose place the model in memory then takes.
             shutil.copy(embedding_dir() / "config.json", folder)
             shutil.copy(embedding_dir() / "model.safetensors", folder)
+        transformers.utils.logging.disable_progress_bar()
         self._whole = SentenceTransformer(
             str(folder),
             device=str(bed.device),
