@@ -24,13 +24,23 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs per token, per token squared, per patch, per patch squared and per merged token."""
+    """FLOPs per token, per token squared, per patch, per patch squared and per merged token.
+
+    ``last_layer`` and ``last_layer_pair`` are what of ``token`` and ``token_pair`` the packed pass
+    computes at a sequence's last token only: the last layer but for its keys and values.
+    """
 
     token: float
     token_pair: float
     patch: float
     patch_pair: float
     merged: float
+    last_layer: float
+    last_layer_pair: float
+
+    def left_out(self, tokens: int) -> float:
+        """Return the FLOPs that the packed pass does not compute of one sequence."""
+        return (tokens - 1) * self.last_layer + self.last_layer_pair * (tokens**2 - 2 * tokens)
 
     def language(self, tokens: int) -> float:
         """Return the FLOPs of one sequence in the language model."""
@@ -57,6 +67,8 @@ def cost_of(shape: Shape) -> Cost:
         patch=2.0 * (shape.vision_depth * block + 1536 * shape.vision_hidden),
         patch_pair=4.0 * shape.vision_depth * shape.vision_hidden,
         merged=2.0 * (1 + len(shape.deepstack)) * merger,
+        last_layer=2.0 * (layer - 2 * shape.hidden * kv_width),
+        last_layer_pair=4.0 * width / 2,
     )
 
 

@@ -25,7 +25,7 @@ class PaddedEngine:
     """Embeds prepared inputs in right-padded batches.
 
     Ids, pixels and the tower's patch product are ours, so that a difference in time to the packed
-    engine is batching and attention alone.
+    engine is batching, attention, and what the packed pass leaves out of the last layer.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:

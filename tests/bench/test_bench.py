@@ -58,6 +58,13 @@ def test_linear_flops_equal_torchs_count():
     assert linear == 7 * cost.token
 
 
+def test_what_is_left_out_is_less_than_the_last_layer():
+    cost = cost_of(TINY)
+    assert 0.5 / TINY.layers < cost.left_out(100) / cost.language(100) < 1 / TINY.layers
+    # Of the 2B model's linear FLOPs it is 3.3 %.
+    assert cost_of(TWO_B).last_layer / cost_of(TWO_B).token == pytest.approx(0.033, abs=0.001)
+
+
 def test_padding_is_counted_by_hand():
     done = work(cost_of(TINY), [[10, 30], [5]], [])
     assert (done.tokens, done.positions) == (45, 65)
