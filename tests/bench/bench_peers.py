@@ -99,7 +99,7 @@ def bench_peers(
     rows += [(name, *["not run"] * 8) for name in missing]
     print_table(
         f"(b) Peers: {texts} texts and {pictures} JPEGs, {sum(lengths):,} tokens "
-        f"(shortest {min(lengths)}, longest {max(lengths)}); median of {rounds} interleaved rounds",
+        f"(shortest {min(lengths)}, longest {max(lengths)}); median of {len(seconds[OURS])} interleaved rounds",
         (
             "who",
             clock,

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 Result = npt.NDArray[np.float32]
+MAX_ROUNDS_S = 120.0
 # Wide enough for every table, so that none is cut when the output goes to a file.
 _CONSOLE = Console(width=150, highlight=False)
 
@@ -45,10 +46,16 @@ def interleaved(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Run every call once to warm up and then ``rounds`` times, taking turns.
 
+    There are fewer rounds, at least one, where a GPU would take longer than ``MAX_ROUNDS_S``: a
+    peer can be very slow on a device (bfloat16 Conv3d has no fast kernel on several GPUs).
+
     Returns:
         The warm-up's results, and the seconds of every round by name.
     """
+    start = time.perf_counter()
     results = {name: call() for name, call in calls.items()}
+    if device.type == "cuda":
+        rounds = max(1, min(rounds, int(MAX_ROUNDS_S / (time.perf_counter() - start))))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds):
