@@ -84,7 +84,8 @@ def bench_packing(bed: Bed, *, units: int, rounds: int, batch_tokens: int) -> Pa
     print_table(
         f"(a) Packing: {units} units (60 % texts, 30 % pictures, 10 % clips), "
         f"{sum(lengths):,} tokens (shortest {min(lengths)}, median "
-        f"{int(np.median(lengths))}, longest {max(lengths)}); median of {len(seconds[PACKED])} rounds",
+        f"{int(np.median(lengths))}, longest {max(lengths)}); "
+        f"median of {len(seconds[PACKED])} rounds",
         (
             "way",
             clock,

@@ -99,7 +99,8 @@ def bench_peers(
     rows += [(name, *["not run"] * 8) for name in missing]
     print_table(
         f"(b) Peers: {texts} texts and {pictures} JPEGs, {sum(lengths):,} tokens "
-        f"(shortest {min(lengths)}, longest {max(lengths)}); median of {len(seconds[OURS])} interleaved rounds",
+        f"(shortest {min(lengths)}, longest {max(lengths)}); "
+        f"median of {len(seconds[OURS])} interleaved rounds",
         (
             "who",
             clock,

@@ -74,7 +74,7 @@ def bench_rerank(
             speed_up[count, name], differences[count, name] = ratio, difference
     print_table(
         f"(c) Reranking: {QUERIES} queries (one with a picture) x candidates (half texts, half "
-        f"pictures of {side_px}x{side_px} px); median of {rounds} rounds",
+        f"pictures of {side_px}x{side_px} px); median of at most {rounds} rounds",
         ("candidates", "reused", clock, f"pairs/{clock}", "x faster", "max |Δ score|"),
         rows,
     )
