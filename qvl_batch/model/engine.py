@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,8 @@ class EmbedEngine:
         dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU), ``float32``, ``bfloat16``,
             ``float16``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        batch_tokens: Language-model tokens of one forward pass.
+        batch_tokens: Language-model tokens of one forward pass, with 4 patches each in the vision
+            tower; ``auto``: by the device's free memory.
         threads: Torch's CPU threads in this process; None leaves them.
         hard_limit_tokens: Treat longer forward passes as out of memory.
 
@@ -54,7 +56,7 @@ class EmbedEngine:
         token_layout: str = "unnested",
         dtype: str = "auto",
         device: str = "auto",
-        batch_tokens: int = 16_384,
+        batch_tokens: int | Literal["auto"] = "auto",
         threads: int | None = None,
         hard_limit_tokens: int | None = None,
     ) -> None:

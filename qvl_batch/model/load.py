@@ -222,11 +222,7 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -
     from safetensors import SafetensorError
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
-    from qvl_batch.model import attention
-    from qvl_batch.model.patches import LinearPatchEmbed
-
     check_folder(Path(folder))
-    attention.register()
     try:
         with _quiet_transformers():
             config = Qwen3VLConfig.from_pretrained(str(folder), local_files_only=True)
@@ -246,18 +242,27 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{folder} can not be loaded: {first[0]}", "Download it again.") from None
     _refuse_wrong_weights(folder, report)
-    for part in (model.config, model.config.text_config, model.config.vision_config):
-        part._attn_implementation = attention.PACKED_ATTENTION
-        part.use_cache = False
-    model.visual.patch_embed = LinearPatchEmbed(model.visual.patch_embed.proj)
     try:
-        return model.to(device).eval().requires_grad_(False)
+        return prepare_model(model).to(device)
     except torch.OutOfMemoryError:
         size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         raise ModelError(
             f"The {size / 2**30:.1f} GiB of weights of {folder} do not fit into {device}'s memory.",
             "Free it from other processes, or use a larger device or a smaller model.",
         ) from None
+
+
+def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Change transformers' Qwen3VLModel in place for packed inference, wherever it comes from."""
+    from qvl_batch.model import attention
+    from qvl_batch.model.patches import LinearPatchEmbed
+
+    attention.register()
+    for part in (model.config, model.config.text_config, model.config.vision_config):
+        part._attn_implementation = attention.PACKED_ATTENTION
+        part.use_cache = False
+    model.visual.patch_embed = LinearPatchEmbed(model.visual.patch_embed.proj)
+    return model.eval().requires_grad_(False)
 
 
 def _refuse_wrong_weights(folder: Path, report: dict[str, Any]) -> None:

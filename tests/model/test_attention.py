@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from qvl_batch.model.attention import kernel_name, packed_attention, varlen_kernel
+from qvl_batch.model.attention import (
+    kernel_name,
+    packed_attention,
+    takes_prefix,
+    varlen_kernel,
+)
 
 LENGTHS = [5, 1, 9, 3]
 
@@ -64,6 +69,28 @@ def test_bitwise_independent_of_neighbours():
         )
         assert torch.equal(whole[:, part], alone)
         start += length
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_more_keys_than_queries_are_a_prefix(kv_heads):
+    """The last tokens of each sequence, asked alone, see what they see in the whole sequence."""
+    query, key, value = random_heads(4, kv_heads, sum(LENGTHS))
+    options = {"scaling": 0.3, "is_causal": True}
+    whole, _ = packed_attention(Layer(), query, key, value, cu_seq_lens_q=edges(LENGTHS), **options)
+    asked = [2, 1, 9, 1]
+    places = torch.cat(
+        [torch.arange(end - n, end) for end, n in zip(edges(LENGTHS)[1:], asked, strict=True)]
+    )
+    found, _ = packed_attention(
+        *(Layer(), query[:, :, places], key, value),
+        cu_seq_lens_q=edges(asked),
+        cu_seq_lens_k=edges(LENGTHS),
+        max_length_q=9,
+        max_length_k=9,
+        **options,
+    )
+    assert float((found - whole[:, places]).abs().max()) < 1e-6
+    assert takes_prefix(torch.device("cpu"), torch.float32)
 
 
 def test_the_cpu_uses_one_call_a_sequence():

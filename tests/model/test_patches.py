@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvl_batch.model.patches import LinearPatchEmbed, patch_rows
+from qvl_batch.model.patches import LinearPatchEmbed, patch_rows, still_rows
 from qvl_batch.model.resize import resize_frame
 from tests.model.model_inputs import clip, picture
 
@@ -59,6 +59,24 @@ def test_linear_equals_the_convolution():
     # Both sum 1,536 products in float32, in another order; neither is the better one.
     assert float((found - exact).abs().max()) <= 2e-6
     assert float((expected - exact).abs().max()) <= 2e-6
+
+
+def test_a_still_needs_half_a_row():
+    """Its frame once under the summed weights is its frame twice under the convolution's own."""
+    torch.manual_seed(1)
+    convolution = torch.nn.Conv3d(3, 64, (2, 16, 16), stride=(2, 16, 16))
+    embed = LinearPatchEmbed(convolution)
+    twice = patch_rows(picture(4).pixels, CPU, torch.float32)
+    once = still_rows(picture(4).pixels, CPU, torch.float32)
+    times = twice.view(-1, 3, 2, 256)
+    assert torch.equal(once.view(-1, 3, 256), times[:, :, 0])
+    assert torch.equal(once.view(-1, 3, 256), times[:, :, 1])
+    with torch.inference_mode():
+        found, plain = embed(once), embed(twice)
+        exact = convolution.double()(twice.double().view(-1, 3, 2, 16, 16)).view(-1, 64)
+    largest = float(exact.abs().max())
+    assert float((found - exact).abs().max()) / largest < 1e-6
+    assert float((found - plain).abs().max()) / largest < 1e-6
 
 
 @settings(max_examples=40, deadline=None)
