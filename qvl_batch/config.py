@@ -55,6 +55,9 @@ class ModelSection(_Section):
     query_instruction: str = Field(
         DEFAULT_QUERY_INSTRUCTION, description="Stored for search; does not change the vectors"
     )
+    check: bool = Field(
+        True, description="Compare this installation with stored vectors before anything is written"
+    )
 
 
 class ImageSection(_Section):
@@ -158,7 +161,9 @@ class StorageSection(_Section):
     anonymous: bool = Field(False, description="Read public buckets without credentials")
 
     def to_storage(self) -> Storage:
-        return Storage(endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous)
+        return Storage.of(
+            endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous
+        )
 
 
 class EmbedConfig(_Section):

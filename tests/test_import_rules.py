@@ -29,12 +29,19 @@ MAY_ENTER: dict[str, set[str]] = {
     "media": set(),
     "model": set(),
     "tables": set(),
-    "jobs": {"media", "model", "tables"},
+    # Of api only the parity check and its certificate, which a run needs before it writes: `ONLY`.
+    "jobs": {"media", "model", "tables", "api"},
     "api": {"media", "model", "tables"},
     "demo": {"media", "model", "tables", "jobs", "api"},
     "cli": ROOMS,
     "__main__": {"cli"},
+    # What a notebook holds, imported when it is asked for.
+    "__init__": {"api"},
 }
+# Where a room may enter another by these modules alone.
+ONLY = {("jobs", "api"): {"parity", "certificate"}}
+# The package's own names that are imported from api when they are asked for.
+EXPORTED = {"Embedder", "Reranker"}
 
 # The only rooms that may import a third-party package; an unnamed package is free.
 OWNERS: dict[str, set[str]] = {
@@ -139,11 +146,16 @@ def problem_of(place: str, found: Import) -> str | None:
             return None
         return f"{place} imports {top}, which belongs to {sorted(OWNERS[top]) or 'no room'}"
     other = rest[0] if rest else ""
+    if other in EXPORTED:
+        return f"{place} imports {other} by its public name instead of from api"
     if other not in ROOMS | ENTRIES or other == place:
         return None
     if other not in MAY_ENTER.get(place, set()):
         return f"{place} imports {other}"
-    if place in ENTRIES and other in ROOMS and found.at_start:
+    only = ONLY.get((place, other))
+    if only and not only & set(rest[1:2]):
+        return f"{place} imports more of {other} than {', '.join(sorted(only))}"
+    if place in {"__init__", *ENTRIES} and other in ROOMS and found.at_start:
         return f"{place} imports {other} when it starts instead of in the command that needs it"
     return None
 
@@ -190,6 +202,16 @@ def test_every_directory_of_the_package_is_a_room():
         ("storage.py", "def f():\n    from .media import fetch", "storage imports media"),
         ("cli.py", "def main():\n    import ray", "cli imports ray"),
         ("cli.py", "from qvl_batch.jobs import embed", "when it starts"),
+        (
+            "jobs/a.py",
+            "from qvl_batch.api.embedder import Embedder",
+            "more of api than",
+        ),
+        ("jobs/a.py", "from qvl_batch import api", "more of api than"),
+        ("jobs/a.py", "from qvl_batch import Embedder", "by its public name"),
+        ("media/a.py", "from qvl_batch import Reranker", "by its public name"),
+        ("__init__.py", "from qvl_batch.api.embedder import Embedder", "when it starts"),
+        ("__init__.py", "def f():\n    import qvl_batch.jobs.embed", "__init__ imports jobs"),
         ("other/a.py", "import qvl_batch.media", "other imports media"),
     ],
 )
@@ -211,7 +233,9 @@ def test_the_checker_allows_what_the_design_allows(tmp_path):
         "model/a.py": "import torch, transformers\nfrom qvl_batch import budget, recipe",
         "tables/a.py": "import lance, lancedb, torchlike\nfrom qvl_batch.tables.b import c",
         "jobs/a.py": "import ray.data\nfrom qvl_batch.media import b\nfrom qvl_batch import model\n"
-        "stage(resize='qvl_batch.model.resize:resize_frame', engine='torch')",
+        "stage(resize='qvl_batch.model.resize:resize_frame', engine='torch')\n"
+        "from qvl_batch.api.parity import check_stack",
+        "__init__.py": "def __getattr__(name):\n    from qvl_batch.api.embedder import Embedder",
         "api/a.py": "def connect():\n    from qvl_batch.tables import search",
         "demo/a.py": "import torch, PIL\nfrom qvl_batch.jobs import embed",
         "cli.py": "import typer\nif TYPE_CHECKING:\n    from qvl_batch.jobs import b\n"

@@ -13,20 +13,22 @@ what the official classes put out. A case ends as
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qvl_batch.api.certificate import Certificate
 from qvl_batch.api.compare import (
     DIFFERENT,
     DOCUMENTED,
     EQUAL,
     MAX_ABS_DIFF,
+    MIN_COSINE,
     OFFICIAL_FAILED,
     CaseResult,
     Findings,
@@ -81,6 +83,28 @@ def run_doctor(model: Path, golden: Path, reranker: Path | None = None) -> list[
             elif ranker is not None:
                 results.append(_rerank_case(case, ranker, media))
     return results
+
+
+def certify_golden(model: Path, golden: Path, reranker: Path | None = None) -> Certificate:
+    """Return the certificate of a golden folder: `run_doctor` with what it was run on.
+
+    Raises:
+        InputError: As `run_doctor`.
+    """
+    from qvl_batch.model.load import weights_digest
+
+    cases = tuple(run_doctor(model, golden, reranker))
+    digest = hashlib.sha256()
+    for name in ("golden.json", "golden.npz"):
+        if (golden / name).is_file():
+            digest.update((golden / name).read_bytes())
+    folders = {"embedding": model} | ({"reranker": reranker} if reranker is not None else {})
+    return Certificate(
+        reference=f"golden folder, sha256 {digest.hexdigest()}",
+        checkpoints={role: weights_digest(folder) for role, folder in folders.items()},
+        thresholds={"min_cosine": MIN_COSINE, "max_abs_diff": MAX_ABS_DIFF},
+        cases=cases,
+    )
 
 
 def _embedding_case(case: GoldenCase, engine: EmbedEngine, media: GoldenMedia) -> CaseResult:
@@ -260,7 +284,8 @@ def doctor(model: str, golden: str, reranker: str | None, as_json: bool) -> int:
     for what, folder in (("model", model), ("reranker", reranker), ("golden", golden)):
         if folder is not None and not Path(folder).is_dir():
             raise InputError(f"There is no {what} folder {folder}.", f"Check --{what}.")
-    results = run_doctor(Path(model), Path(golden), Path(reranker) if reranker else None)
+    certificate = certify_golden(Path(model), Path(golden), Path(reranker) if reranker else None)
+    results = certificate.cases
     _, cases = read_golden(Path(golden))
     left_out = len(cases) - len(results)
     counts = {
@@ -268,7 +293,9 @@ def doctor(model: str, golden: str, reranker: str | None, as_json: bool) -> int:
         for status in (EQUAL, DOCUMENTED, OFFICIAL_FAILED, DIFFERENT)
     }
     if as_json:
-        print(json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False))
+        # Of the certificate without this line.
+        stated = {"sha256": certificate.sha256} | certificate.to_dict()
+        print(json.dumps(stated, indent=1, ensure_ascii=False))
     else:
         from rich.console import Console
 
@@ -276,6 +303,7 @@ def doctor(model: str, golden: str, reranker: str | None, as_json: bool) -> int:
         console = Console() if sys.stdout.isatty() else Console(width=200)
         console.print(format_table(results))
         console.print(", ".join(f"{number} {status}" for status, number in counts.items()))
+        console.print(f"certificate {certificate.sha256}", highlight=False)
     if left_out:
         print(f"{left_out} reranking case(s) left out: give --reranker.", file=sys.stderr)
     return 1 if counts[DIFFERENT] or not results else 0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+from qvl_batch.api.certificate import Certificate
 from qvl_batch.errors import InvariantBrokenError
 from qvl_batch.jobs.commit_loop import Counts
 from qvl_batch.jobs.plan import Plan
@@ -97,11 +98,23 @@ class RunReport:
 
 def write_report(report: RunReport, root: str, storage: Storage) -> str:
     """Write ``_qvl_runs/{run_id}.json`` under the root and return its address."""
-    uri = join(root, REPORTS_FOLDER, f"{report.run_id}.json")
+    return _write(join(root, REPORTS_FOLDER, f"{report.run_id}.json"), report.to_json(), storage)
+
+
+def write_certificate(certificate: Certificate, run_id: str, root: str, storage: Storage) -> str:
+    """Write ``_qvl_runs/{run_id}.certificate.json`` under the root and return its address.
+
+    The file's sha256 is the certificate's, which tables made in that run state.
+    """
+    uri = join(root, REPORTS_FOLDER, f"{run_id}.certificate.json")
+    return _write(uri, certificate.to_json(), storage)
+
+
+def _write(uri: str, text: str, storage: Storage) -> str:
     fs = storage.filesystem(uri)
     path = fs._strip_protocol(uri)
     with explained(uri, storage):
         if is_local(uri):
             fs.makedirs(fs._parent(path), exist_ok=True)
-        fs.pipe_file(path, report.to_json().encode())
+        fs.pipe_file(path, text.encode())
     return uri

@@ -228,7 +228,9 @@ class TableStore:
             else:
                 self._check_remote()
         except (ValueError, OSError, RuntimeError) as error:
-            raise storage_error(self.root, error) from error
+            endpoint = self.storage.endpoint_url
+            place = f"{self.root} at {endpoint}" if endpoint else self.root
+            raise storage_error(place, error) from error
 
     def _check_local(self) -> None:
         parent = os.path.dirname(self.root)

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qvl_batch.api.doctor import doctor, format_table, run_doctor
+from qvl_batch.api.doctor import certify_golden, doctor, format_table, run_doctor
+from qvl_batch.api.frame_lists import frame_list_indices
 from qvl_batch.api.golden import has_palette_transparency, read_golden
-from qvl_batch.api.golden_media import frame_list_indices
 from qvl_batch.errors import InputError
 from qvl_batch.model.prompt import PromptTokenizer
 from qvl_batch.units import EmbedInput, Vision
@@ -267,9 +267,16 @@ def test_reranking_cases_need_a_reranker(folder, capsys):
     assert doctor(str(MODEL), str(made), None, as_json=True) == 0
     printed = capsys.readouterr()
     assert "1 reranking case(s) left out" in printed.err
-    (case,) = json.loads(printed.out)
+    stated = json.loads(printed.out)
+    (case,) = stated["cases"]
     assert case["case"] == "a"
     assert case["status"] == "equal"
+    certificate = certify_golden(MODEL, made)
+    assert stated.pop("sha256") == certificate.sha256
+    assert stated == certificate.to_dict()
+    assert stated["holds"]
+    assert stated["thresholds"] == {"min_cosine": 0.99999, "max_abs_diff": 1e-5}
+    assert "golden folder, sha256 " in stated["reference"]
 
 
 def test_another_checkpoint_is_different_not_a_crash(folder, tmp_path):

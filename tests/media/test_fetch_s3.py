@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from qvl_batch.errors import (
     AccessDeniedError,
@@ -22,6 +21,7 @@ from qvl_batch.errors import (
 )
 from qvl_batch.media.fetch import Fetcher, FetchLimits, FetchRequest
 from qvl_batch.storage import Storage
+from tests.moto_in_process import moto_server
 
 SECRET = "the-secret-key"
 
@@ -39,14 +39,10 @@ def _credentials() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def moto_s3(_credentials) -> Iterator[tuple[str, object]]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    client = boto3.client("s3", endpoint_url=url)
-    client.create_bucket(Bucket="media")
-    yield url, client
-    server.stop()
+    with moto_server() as url:
+        client = boto3.client("s3", endpoint_url=url)
+        client.create_bucket(Bucket="media")
+        yield url, client
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import fsspec
 import pytest
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
-from moto.server import ThreadedMotoServer
 
 from qvl_batch.errors import StorageError
 from qvl_batch.media.left_out import LeftOut
@@ -30,6 +29,7 @@ from qvl_batch.media.listing import (
 )
 from qvl_batch.media.objects import MediaObject, Objects
 from qvl_batch.storage import Storage
+from tests.moto_in_process import moto_server
 
 LOCAL = Storage()
 WEIRD = [
@@ -110,22 +110,22 @@ def test_what_is_no_medium_is_left_out_with_its_reason(tmp_path):
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
     write(tmp_path / "real/a.txt")
-    (tmp_path / "root/sub").mkdir(parents=True)
-    (tmp_path / "root/linked").symlink_to(tmp_path / "real")
-    (tmp_path / "root/sub/up").symlink_to(tmp_path / "root")
-    (tmp_path / "root/self").symlink_to("self")
-    uris, left_out = listed(tmp_path / "root")
-    assert uris == [f"{tmp_path}/root/linked/a.txt"]
+    (tmp_path / "top/sub").mkdir(parents=True)
+    (tmp_path / "top/linked").symlink_to(tmp_path / "real")
+    (tmp_path / "top/sub/up").symlink_to(tmp_path / "top")
+    (tmp_path / "top/self").symlink_to("self")
+    uris, left_out = listed(tmp_path / "top")
+    assert uris == [f"{tmp_path}/top/linked/a.txt"]
     assert left_out == {
-        f"{tmp_path}/root/sub/up/": LINK_CYCLE,
-        f"{tmp_path}/root/self": BROKEN_LINK,
+        f"{tmp_path}/top/sub/up/": LINK_CYCLE,
+        f"{tmp_path}/top/self": BROKEN_LINK,
     }
 
 
 def test_a_glob_tells_of_folders_that_it_could_not_enter(tmp_path):
-    path = write(tmp_path / "root/a.txt")
-    (tmp_path / "root/up").symlink_to(tmp_path / "root")
-    assert listed(f"{tmp_path}/root/**/*.txt") == ([path], {f"{tmp_path}/root/up/": LINK_CYCLE})
+    path = write(tmp_path / "top/a.txt")
+    (tmp_path / "top/up").symlink_to(tmp_path / "top")
+    assert listed(f"{tmp_path}/top/**/*.txt") == ([path], {f"{tmp_path}/top/up/": LINK_CYCLE})
 
 
 def test_a_name_that_is_not_utf8_is_left_out(tmp_path):
@@ -207,20 +207,16 @@ def test_walk_of_any_other_store():
 @pytest.fixture(scope="module")
 def s3():
     """A loopback S3 server with one bucket; yields (client, storage)."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
+    with moto_server() as endpoint_url, pytest.MonkeyPatch.context() as patch:
         for name in ("PROFILE", "DEFAULT_PROFILE", "SESSION_TOKEN", "ENDPOINT_URL"):
             patch.delenv(f"AWS_{name}", raising=False)
         patch.setenv("AWS_ACCESS_KEY_ID", "a")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        storage = Storage(endpoint_url=f"http://{host}:{port}", region="us-east-1")
+        storage = Storage(endpoint_url=endpoint_url, region="us-east-1")
         client = boto3.client("s3", endpoint_url=storage.endpoint_url, region_name=storage.region)
         client.create_bucket(Bucket="media")
         yield client, storage
-    server.stop()
 
 
 def put(client, *keys, body=b"hello"):

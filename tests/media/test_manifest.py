@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from qvl_batch import schema
@@ -26,6 +25,7 @@ from qvl_batch.media.listing import HIDDEN
 from qvl_batch.media.manifest import build_manifest, parse_partition_rule
 from qvl_batch.media.manifest_parts import NO_MATCH
 from qvl_batch.storage import Storage
+from tests.moto_in_process import moto_server
 
 LOCAL = Storage()
 
@@ -176,6 +176,18 @@ def test_an_out_of_no_use_is_refused_first(tmp_path):
         build_manifest(out, out, storage=LOCAL)
 
 
+def opened_for_writing(pipe, reader):
+    """Wait for the process to open its end, but not for ever."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            assert reader.poll() is None, "the reader is gone"
+            assert time.monotonic() < deadline, "nobody reads"
+            time.sleep(0.05)
+
+
 def test_a_kill_leaves_no_half_file(tmp_path):
     # The list is a pipe that stops in the middle: the process is killed while it waits for more.
     os.mkfifo(tmp_path / "slow.jsonl")
@@ -185,7 +197,7 @@ def test_a_kill_leaves_no_half_file(tmp_path):
         "build_manifest('slow.jsonl', 'm.parquet', storage=Storage(), batch_rows=10)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    with open(tmp_path / "slow.jsonl", "w") as pipe:
+    with open(opened_for_writing(tmp_path / "slow.jsonl", process), "w") as pipe:
         for number in range(1000):
             pipe.write(json.dumps({"text": f"note {number}"}) + "\n")
         pipe.flush()
@@ -479,19 +491,15 @@ def test_a_bad_parquet_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def s3():
     """A loopback S3 server with one bucket; yields (client, storage)."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
+    with moto_server() as endpoint_url, pytest.MonkeyPatch.context() as patch:
         for name in ("PROFILE", "DEFAULT_PROFILE", "SESSION_TOKEN", "ENDPOINT_URL"):
             patch.delenv(f"AWS_{name}", raising=False)
         patch.setenv("AWS_ACCESS_KEY_ID", "a")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "b")
-        storage = Storage(endpoint_url=f"http://{host}:{port}", region="us-east-1")
+        storage = Storage(endpoint_url=endpoint_url, region="us-east-1")
         client = boto3.client("s3", endpoint_url=storage.endpoint_url, region_name=storage.region)
         client.create_bucket(Bucket="media")
         yield client, storage
-    server.stop()
 
 
 def put(client, key, body=b"hello"):

@@ -25,6 +25,7 @@ from qvl_batch.model.load import (
 from qvl_batch.storage import Storage
 from qvl_batch.units import EmbedInput
 from tests.model.model_inputs import edit_json
+from tests.moto_in_process import moto_server
 
 CPU = torch.device("cpu")
 
@@ -191,13 +192,8 @@ def test_head_rows_tied_and_untied(checkpoint_copy):
 @pytest.fixture(scope="module")
 def s3_endpoint():
     """A real S3 server on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

@@ -128,8 +128,8 @@ def test_another_recipe_is_refused_with_the_field_that_differs(store) -> None:
     with pytest.raises(RecipeMismatchError) as error:
         ledger.check_recipe(ds, other)
     text = str(error.value)
-    assert "image.max_px is 1843200, not 8192" in text
-    assert "instruction is \"Represent the user's input.\", not 'Find it.'" in text
+    assert "image.max_px is 1843200 there, 8192 here" in text
+    assert "instruction is \"Represent the user's input.\" there, 'Find it.' here" in text
     assert "output.collection" in text
     # Same columns, another recipe: a table that is already there is not taken.
     stated = schemas.table_rows(other, [pa.field("dt", pa.string())], {})

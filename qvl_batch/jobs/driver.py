@@ -1,0 +1,229 @@
+"""The driver of a run: takes blocks from the graph, has them written, commits, stops in order."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.exceptions import RayTaskError
+
+from qvl_batch.errors import InvariantBrokenError
+from qvl_batch.jobs.cluster import Pools
+from qvl_batch.jobs.commit_loop import CommitLoop
+from qvl_batch.jobs.control import RunControl, cause_of
+from qvl_batch.jobs.progress import Progress
+from qvl_batch.jobs.stages import WriteRows, Written
+from qvl_batch.tables.commit import append, append_failures
+from qvl_batch.tables.layout import partition_json
+
+if TYPE_CHECKING:
+    from qvl_batch.jobs.embed import EmbedJob
+
+EXIT_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+# Gives the stream of references to embedded blocks for a job, its pools and its control actor.
+Graph = Callable[["EmbedJob", Pools, Any], Iterator[Any]]
+
+_NOTHING_YET = object()
+
+
+def create_tables(job: EmbedJob) -> None:
+    """Create the tables of partitions that get their first units: workers only write files."""
+    names = [
+        name
+        for name in pc.unique(job.plan.todo["_table"]).to_pylist()
+        if name not in job.plan.planned_versions
+    ]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: job.store.create(name, job.schemas[name]), names))
+
+
+class _RayWrites:
+    """`commit_loop.Writes` through Ray tasks."""
+
+    def __init__(self, stage: WriteRows, before_first: Callable[[], None]) -> None:
+        self._stage = ray.put(stage)
+        self._before_first: Callable[[], None] | None = before_first
+        self._write = ray.remote(num_cpus=0, max_retries=3)(_write_group)
+
+    def start(self, blocks: Sequence[Any], exclude: frozenset[int]) -> object:
+        if self._before_first is not None:
+            self._before_first()
+            self._before_first = None
+        return self._write.remote(self._stage, exclude, *blocks)
+
+    def finished(self, handles: Sequence[Any], timeout_s: float) -> dict[object, Written]:
+        if not handles:
+            time.sleep(min(timeout_s, 0.05))
+            return {}
+        done, _ = ray.wait(list(handles), num_returns=len(handles), timeout=timeout_s)
+        return {handle: ray.get(handle) for handle in done}
+
+
+def _write_group(stage: WriteRows, exclude: frozenset[int], *blocks: pa.Table) -> Written:
+    return stage(blocks, exclude)
+
+
+class _Commits:
+    """`commit_loop.Tables` through the tables room."""
+
+    def __init__(self, job: EmbedJob) -> None:
+        self._job = job
+
+    def append(self, table: str, fragments: Sequence[Mapping[str, Any]], marker: str) -> None:
+        append(
+            self._job.store,
+            table,
+            fragments,
+            marker=marker,
+            run_id=self._job.run_id,
+            # A table that the plan did not find begins with version 1, which is empty.
+            planned_version=self._job.plan.planned_versions.get(table, 1),
+        )
+
+    def append_failures(self, rows: pa.Table, marker: str) -> None:
+        append_failures(self._job.store, rows, marker=marker, run_id=self._job.run_id)
+
+
+class Run:
+    """One run of the graph: feeds the commit loop, shows progress, stops in good order."""
+
+    def __init__(
+        self, job: EmbedJob, pools: Pools, graph: Graph, echo: Callable[[str], None]
+    ) -> None:
+        self._job = job
+        self._graph = graph
+        self._control = RunControl.remote()
+        self._signal: signal.Signals | None = None
+        self._blocks: queue.Queue[Any] = queue.Queue(maxsize=64)
+        config = job.config
+        self.loop = CommitLoop(
+            num_units=job.plan.todo.num_rows,
+            writes=_RayWrites(
+                WriteRows(
+                    root=job.store.root,
+                    storage=job.storage,
+                    collection=config.output.collection,
+                    schemas=job.schemas,
+                    partitions={
+                        name: partition_json(partition)
+                        for name, partition in job.plan.partitions.items()
+                    },
+                    run_id=job.run_id,
+                ),
+                # Not earlier: a model that does not load must leave no empty tables behind.
+                before_first=lambda: create_tables(job),
+            ),
+            tables=_Commits(job),
+            run_id=job.run_id,
+            interval_s=config.commit.interval_s,
+            fragment_bytes=config.commit.fragment_bytes,
+            max_writes=pools.write_tasks,
+            max_failure_rate=config.limits.max_failure_rate,
+            failure_rate_after_units=config.limits.failure_rate_after_units,
+        )
+        self._progress = Progress(total=job.plan.todo.num_rows, echo=echo)
+        self._echo = echo
+        self._pools = pools
+
+    def drive(self) -> signal.Signals | None:
+        """Run to the end, or to a signal; return the signal that stopped the run."""
+        feeder = threading.Thread(target=self._feed, name="embedded-blocks", daemon=True)
+        try:
+            with self._signals(), self._progress:
+                feeder.start()
+                if self._consume():
+                    self.loop.finish()
+                    self._progress.update(self.loop.counts)
+                    missing = self.loop.missing()
+                    if missing.size:
+                        uri = self._job.plan.todo["uri"][int(missing[0])].as_py()
+                        raise InvariantBrokenError(
+                            f"{missing.size} units came back neither done nor failed (the first: "
+                            f"{uri}). Run the job again: they are still to do."
+                        )
+        except RayTaskError as error:
+            raise cause_of(error) from error
+        finally:
+            # Blocks that are not begun yet come back at once, so that the workers end.
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._control.stop.remote(), timeout=10)
+        return self._signal
+
+    def _feed(self) -> None:
+        try:
+            # Asking for the stream waits for its first block: not on the main thread, which must
+            # see signals.
+            for bundle in self._graph(self._job, self._pools, self._control):
+                for entry in bundle.blocks:
+                    self._blocks.put((entry.ref, entry.metadata.size_bytes or 0))
+            self._blocks.put(None)
+        except BaseException as error:  # handed to the main thread, which raises it
+            self._blocks.put(error)
+
+    def _consume(self) -> bool:
+        """Feed the loop until the last block; return False if a signal ended it earlier."""
+        begun: list[int] | None = None
+        stop_at_s = 0.0
+        while True:
+            item = self._next_block()
+            if item is None:
+                return True
+            if isinstance(item, BaseException):
+                raise ray.get(self._control.error.remote()) or cause_of(item) from item
+            if item is not _NOTHING_YET:
+                self.loop.add(*item)
+            self.loop.poll()
+            self._progress.update(self.loop.counts)
+            if self._signal is None:
+                continue
+            if begun is None:
+                grace_s = self._job.config.limits.stop_grace_s
+                self._echo(
+                    f"{self._signal.name}: stopping; blocks in flight have {grace_s:g} s to end"
+                )
+                begun = ray.get(self._control.stop.remote())
+                stop_at_s = time.monotonic() + grace_s
+            self.loop.flush()
+            if self.loop.received[begun].all() or time.monotonic() > stop_at_s:
+                self.loop.finish(timeout_s=30)
+                self._progress.update(self.loop.counts)
+                return False
+
+    def _next_block(self) -> Any:
+        if self.loop.is_full:
+            # The queue fills, the feeder waits, and Ray holds the graph back.
+            time.sleep(0.05)
+            return _NOTHING_YET
+        try:
+            return self._blocks.get(timeout=0.2)
+        except queue.Empty:
+            return _NOTHING_YET
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM for the time of the run; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, _: object) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = signal.Signals(number)
+
+        before = {number: signal.signal(number, note) for number in EXIT_OF_SIGNAL}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
