@@ -1,5 +1,7 @@
 """The packed pass against transformers' own padded pass, and against itself in any packing."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from qvl_batch.errors import EmbedFailedError
 from qvl_batch.model.engine import EmbedEngine
 from qvl_batch.model.patches import patch_rows
 from qvl_batch.units import EmbedInput
-from tests.model.model_inputs import mixed_inputs
+from tests.model.model_inputs import mixed_inputs, picture
 
 
 def transformers_vectors(folder, engine, inputs):
@@ -68,17 +70,21 @@ def test_bfloat16_stays_close(engine, embedding_folder):
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
 
 
-def test_bfloat16_vectors_do_not_depend_on_neighbours(embedding_folder):
-    inputs = mixed_inputs(24)
+def test_bfloat16_vectors_do_not_depend_on_order_split_or_packing(embedding_folder):
+    inputs = mixed_inputs(64)
     whole = EmbedEngine(embedding_folder, dtype="bfloat16").embed_vectors(inputs)
-    split = EmbedEngine(embedding_folder, dtype="bfloat16", batch_tokens=200)
-    assert (split.embed_vectors(inputs) * whole).sum(axis=1).min() > 0.9999
+    order = np.random.default_rng(6).permutation(64)
+    shuffled = [inputs[i] for i in order]
+    for batch_tokens, step in ((200, 64), (16_384, 7)):
+        other = EmbedEngine(embedding_folder, dtype="bfloat16", batch_tokens=batch_tokens)
+        split = [other.embed_vectors(shuffled[i : i + step]) for i in range(0, 64, step)]
+        assert (np.concatenate(split) * whole[order]).sum(axis=1).min() > 0.9999
 
 
 def test_out_of_memory_halves_and_completes(engine, embedding_folder):
     inputs = mixed_inputs(24)
     short = EmbedEngine(embedding_folder, hard_limit_tokens=250)
-    assert short.batch_tokens == 16_384
+    assert short.batch_tokens > 250
     assert np.abs(short.embed_vectors(inputs) - engine.embed_vectors(inputs)).max() < 1e-6
     assert short.batch_tokens <= 250
 
@@ -99,6 +105,40 @@ def test_a_unit_too_large_alone_fails_with_its_tokens_and_the_limit(engine, embe
     others = [i for i in range(7) if i != 2]
     expected = engine.embed_vectors([inputs[i] for i in others])
     assert np.abs(result.columns["vector"][others] - expected).max() < 1e-6
+
+
+def test_an_image_too_large_for_the_tower_fails_alone(engine, embedding_folder):
+    """The others of its pack go on in smaller passes."""
+    inputs = mixed_inputs(6)
+    inputs.insert(3, EmbedInput(images=(picture(9, 320, 320),), uri="big.png"))
+    short = EmbedEngine(embedding_folder)
+    short._packed.tower.hard_limit_patches = 100
+    result = short.embed(inputs)
+    assert list(result.failures) == [3]
+    assert f"{result.num_tokens[3]} tokens do not fit" in result.failures[3].reason
+    others = [i for i in range(7) if i != 3]
+    expected = engine.embed_vectors([inputs[i] for i in others])
+    assert np.abs(result.columns["vector"][others] - expected).max() < 1e-6
+
+
+def test_the_tower_halves_without_halving_the_rest(engine, embedding_folder):
+    inputs = mixed_inputs(24)
+    short = EmbedEngine(embedding_folder)
+    tower = short._packed.tower
+    tower.hard_limit_patches = 50
+    before = short.batch_tokens
+    assert np.abs(short.embed_vectors(inputs) - engine.embed_vectors(inputs)).max() < 1e-6
+    assert tower.max_patches <= 50
+    assert short.batch_tokens == before
+
+
+def test_the_kernel_is_logged_once(embedding_folder, caplog):
+    with caplog.at_level(logging.INFO, "qvl_batch"):
+        engine = EmbedEngine(embedding_folder)
+        engine.embed(mixed_inputs(3))
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if f"attention by {engine.attention_kernel}" in line] == lines
+    assert len(lines) == 1
 
 
 def test_no_input_gives_no_row(engine):
