@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qvl_batch.errors import ConfigError
 from qvl_batch.recipe import (
@@ -111,7 +111,16 @@ class EmbedPool(_Section):
     gpus: float | None = Field(
         None, ge=0, description="GPUs of one actor; null: 1 if there are any"
     )
-    batch_tokens: int = Field(16_384, ge=256, description="Tokens of one packed forward pass")
+    batch_tokens: int | Literal["auto"] = Field(
+        "auto", description="Tokens of one packed pass (256 or more); auto: from the free memory"
+    )
+
+    @field_validator("batch_tokens")
+    @classmethod
+    def _enough(cls, value: int | str) -> int | str:
+        if value != "auto" and int(value) < 256:
+            raise ValueError("Input should be 256 or more")
+        return value
 
 
 class WritePool(_Section):
@@ -230,20 +239,27 @@ def _nearest(key: str, model: type[BaseModel]) -> str:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    lines = []
+    valid = set(_valid_keys(model))
+    lines: list[str] = []
+    allowed: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
+        parts = [str(part) for part in item["loc"]]
+        key = ".".join(parts)
         if item["type"] == "extra_forbidden":
             lines.append(f"Unknown key {key}. {_nearest(key, model)}")
-        elif item["type"] == "missing":
+            continue
+        if item["type"] == "missing":
             lines.append(f"Missing key {key}. Give it in the file or with --set {key}=VALUE.")
-        elif item["type"] == "model_type":
-            lines.append(
-                f"{key} is {item['input']!r}. It should be a section with keys of its own."
-            )
-        else:
-            message = item["msg"].replace("Input should be", "It should be")
-            lines.append(f"{key} is {item['input']!r}. {message}.")
+            continue
+        # Behind the key stand the place in a list, or which alternative was tried.
+        while parts and ".".join(parts) not in valid:
+            parts.pop()
+        stated = f"{'.'.join(parts)} is {item['input']!r}."
+        wanted = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if item["type"] == "model_type":
+            wanted = "a section with keys of its own"
+        allowed.setdefault(stated, []).append(wanted)
+    lines += [f"{stated} It should be {' or '.join(wanted)}." for stated, wanted in allowed.items()]
     return "\n".join(lines)
 
 

@@ -75,7 +75,7 @@ class Embedder:
         frame_list: FrameListWay = "sampled",
         dtype: str = "auto",
         device: str = "auto",
-        batch_tokens: int = 16_384,
+        batch_tokens: int | Literal["auto"] = "auto",
         storage: Storage | None = None,
         decode_limits: DecodeLimits | None = None,
     ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from qvl_batch import __version__
 from qvl_batch.config import ModelSection
@@ -52,12 +52,14 @@ class QwenCheckpoint:
 
     section: ModelSection
     storage: Storage
-    batch_tokens: int = 16_384
+    batch_tokens: int | Literal["auto"] = "auto"
     threads: int | None = None
     resize: str = "qvl_batch.model.resize:resize_frame"
 
     @classmethod
-    def of(cls, section: ModelSection, storage: Storage, batch_tokens: int) -> QwenCheckpoint:
+    def of(
+        cls, section: ModelSection, storage: Storage, batch_tokens: int | Literal["auto"]
+    ) -> QwenCheckpoint:
         """Return the checkpoint with a local folder made absolute: workers run elsewhere."""
         if os.path.isdir(section.path):
             section = section.model_copy(update={"path": os.path.abspath(section.path)})
