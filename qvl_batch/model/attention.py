@@ -58,8 +58,8 @@ def takes_prefix(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether causal attention with more keys than queries is right there.
 
     The per-sequence path states its mask. The flash kernel must align its causal window with the
-    last key (as flash attention has done since 2.1, and torch before that did not), which three
-    queries on five keys tell.
+    last key, as flash attention does since 2.1; three queries on five keys tell, tried once on the
+    device itself.
     """
     if not _use_varlen(device, dtype):
         return True

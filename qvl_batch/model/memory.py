@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 # On a CPU short passes stay nearer to the caches: of 16,384 tokens' CPU time, passes of 4,096 took
 # 0.88 and of 2,048 or 1,024 0.83 (4 layers of 64, one thread, medians of paired rounds).
 CPU_TOKENS = 2048
-# Longer passes gain nothing on a GPU either: its matrix units are busy well before.
+# Enough to keep a GPU's matrix units busy by its sizes; not measured on one.
 MOST_TOKENS = 32_768
 # Below this a pass is too short to be worth trying; a unit may need more anyway.
 LEAST_TOKENS = 1024
