@@ -45,6 +45,17 @@ PREPARED = "ours, decoded before (as in a job)"
 PLAIN = f"plain transformers, by {BATCH}"
 SENTENCE_OPEN = f"sentence-transformers, open, by {BATCH}"
 SENTENCE_PATHS = f"sentence-transformers, paths, by {BATCH}"
+# What `encode` does unless it is told otherwise.
+DEFAULT_BATCH = 32
+SENTENCE_OPEN_DEFAULT = f"sentence-transformers, open, by {DEFAULT_BATCH} (its default)"
+SENTENCE_PATHS_DEFAULT = f"sentence-transformers, paths, by {DEFAULT_BATCH} (its default)"
+# Each with its batch size and whether pictures are given as paths.
+SENTENCE_WAYS = {
+    SENTENCE_OPEN: (BATCH, False),
+    SENTENCE_PATHS: (BATCH, True),
+    SENTENCE_OPEN_DEFAULT: (DEFAULT_BATCH, False),
+    SENTENCE_PATHS_DEFAULT: (DEFAULT_BATCH, True),
+}
 
 
 @dataclass(frozen=True)
@@ -130,15 +141,15 @@ def bench_peers(
 def _peers(bed: Bed, scratch: Path) -> tuple[dict[str, Peer], dict[str, str]]:
     """Return the peers that load here, and why others do not."""
     found, missing = {}, {}
-    for name in (PLAIN, SENTENCE_OPEN, SENTENCE_PATHS):
+    for name in (PLAIN, *SENTENCE_WAYS):
         try:
             from tests.bench.peers import PlainTransformers, SentenceTransformersPeer
 
             if name == PLAIN:
                 found[name] = PlainTransformers(bed, BATCH)
             else:
-                paths = name == SENTENCE_PATHS
-                found[name] = SentenceTransformersPeer(bed, scratch, BATCH, paths=paths)
+                batch, paths = SENTENCE_WAYS[name]
+                found[name] = SentenceTransformersPeer(bed, scratch, batch, paths=paths)
         # A peer's stack may fail at import or load in any way, torchvision's wheel with a
         # RuntimeError for one, and the others must still be measured.
         except Exception as error:

@@ -153,7 +153,7 @@ class SentenceTransformersPeer:
 
         self._batch, self._paths = batch, paths
         stills_processor(bed.folder)
-        folder = Path(shutil.copytree(bed.folder, scratch / f"sentence-transformers-{paths}"))
+        folder = Path(shutil.copytree(bed.folder, scratch / f"peer-{batch}-{paths}"))
         _write_modules(folder, bed.shape.hidden)
         if not bed.on_disk:
             # Loaded on a small model, whose place the model in memory then takes.

@@ -87,20 +87,21 @@ class Shape:
 
 
 # Language model, tower and mergers share the parameters about as in the 2B model
-# (1.41 : 0.31 : 0.10), as far as such small widths allow.
+# (1.41 : 0.31 : 0.10), as far as such small widths allow. Heads have the 2B model's size: attention
+# over many small heads would cost far more than it does there.
 SMALL = Shape(
     name="small",
     hidden=256,
     inter=768,
     layers=8,
-    heads=4,
-    kv_heads=2,
-    head_dim=64,
-    mrope_section=(12, 10, 10),
+    heads=2,
+    kv_heads=1,
+    head_dim=128,
+    mrope_section=(24, 20, 20),
     vision_hidden=128,
     vision_inter=512,
     vision_depth=6,
-    vision_heads=4,
+    vision_heads=2,
     deepstack=(1, 2, 4),
     vocab=1024,
     num_positions=2304,
