@@ -1,0 +1,1 @@
+"""What people hold in a notebook, and the parity certificate."""

@@ -1,0 +1,1 @@
+"""Bytes to frames, pages and text, from any store; manifests."""

@@ -1,0 +1,1 @@
+"""Partitions, fragments, commits, ledger, catalog, checks and search in Lance."""
