@@ -202,11 +202,16 @@ def any_bucket(request: pytest.FixtureRequest) -> Iterator[Bucket]:
         yield new
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what asks for the gateway, so that no test can forget to."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what asks for the gateway, so that no test can forget to; leave the long ones to CI."""
     for item in items:
         if "rgw" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.s3real)
+    if os.environ.get("QVL_TESTS") == "all" or config.getoption("-m"):
+        return
+    long = [item for item in items if item.get_closest_marker("full") is not None]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item.get_closest_marker("full") is None]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

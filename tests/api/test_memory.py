@@ -68,6 +68,7 @@ def measured(tmp_path_factory):
     return json.loads(run.stdout)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("who", ["child", "parent"])
 def test_a_64_frame_4k_video_takes_less_than_1_gb_over_imports(measured, who):
     frames, height, width, _ = measured["shape"]

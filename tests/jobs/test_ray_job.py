@@ -56,6 +56,7 @@ def cluster(tmp_path):
     head.wait()
 
 
+@pytest.mark.full
 @pytest.mark.timeout(400)
 def test_the_job_runs_through_ray_job_submit(cluster, make_job, tmp_path):
     environment, address = cluster

@@ -188,8 +188,9 @@ def test_what_may_pass_is_tried_again_and_then_given_up(misbehaving, trouble):
         fetcher.fetch("s3://media/a", etag="e")
     assert caught.value.retryable
     assert SECRET not in str(caught.value)
-    # The HTTP client itself repeats a GET once on a connection that was closed.
-    assert len(misbehaving.requests) == (4 if trouble == "reset" else 2)
+    # The HTTP client itself may repeat a GET once on a connection that was closed.
+    most = 4 if trouble == "reset" else 2
+    assert 2 <= len(misbehaving.requests) <= most
 
 
 def test_a_server_that_does_not_answer_is_left_in_time(misbehaving):
