@@ -112,11 +112,9 @@ def test_kills_of_driver_and_actor_lose_and_double_nothing(job, tmp_path):
     check(job)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_commits_and_exits_in_order(job, tmp_path, number, code):
     run = Running(job, tmp_path)
     wait_for(lambda: rows_committed(job) > 0 or run.process.poll())
