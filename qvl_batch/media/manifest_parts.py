@@ -48,6 +48,22 @@ class ManifestReport:
     partition_keys: tuple[str, ...]
     null_partitions: dict[str, int]
 
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.by_kind.items()))
+        lines = [f"{self.out}: {self.rows:,} units ({kinds})"]
+        if self.partition_keys:
+            lines.append(f"partitioned by {', '.join(self.partition_keys)}")
+        for key, count in self.null_partitions.items():
+            lines.append(f"{count:,} units have no {key}")
+        if self.not_found:
+            lines.append(f"{self.not_found:,} are not there now: the job will list them as failed")
+        for reason, count in sorted(self.left_out.items()):
+            lines.append(f"left out, {reason}: {count:,}")
+        lines += [f"  {uri}: {reason}" for uri, reason in self.left_out_examples]
+        if self.left_out_file:
+            lines.append(f"all that is left out: {self.left_out_file}")
+        return "\n".join(lines)
+
 
 class ManifestParts:
     """The part files of one manifest and what is known of their columns so far."""

@@ -96,6 +96,10 @@ def test_manifest_lists_what_is_left_out(demo, tmp_path):
     finally:
         (folder / "qvl-demo/media/dt=2026-01-01/readme.bin").unlink()
     assert "readme.bin" in printed
+    assert "117 units (1 document, 77 image, 24 text, 15 video)" in printed
+    assert "partitioned by dt" in printed
+    assert "left out, " in printed
+    assert "ManifestReport(" not in printed
     manifest = pq.read_table(tmp_path / "m.parquet")
     assert manifest.num_rows == 117
     assert set(manifest["kind"].to_pylist()) == {"image", "text", "document", "video"}
