@@ -50,6 +50,18 @@ def row_id(unit: str, segment: int) -> str:
     return f"{unit}:{segment}"
 
 
+def query_id(
+    text: str | None, image: str | None, video: str | None, instruction: str | None
+) -> str:
+    """Return the blake2b-128 hex of what a query is: for queries that bring no id of their own."""
+    return _hash(["query", text, image, video, instruction])
+
+
+def pair_id(query: str, row: str) -> str:
+    """Return the blake2b-128 hex of (query_id, row_id), the key of one score."""
+    return _hash(["pair", query, row])
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a medium says of itself before anything is decoded.
