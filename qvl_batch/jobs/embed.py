@@ -35,12 +35,12 @@ from qvl_batch.jobs.cluster import Pools, choose_pools, connect
 from qvl_batch.jobs.commit_loop import Counts
 from qvl_batch.jobs.control import Load, MayStart
 from qvl_batch.jobs.driver import EXIT_OF_SIGNAL, Run
+from qvl_batch.jobs.identify import identify
+from qvl_batch.jobs.manifest import read_manifest
 from qvl_batch.jobs.plan import (
     Plan,
     cut_blocks,
-    identify,
     plan_units,
-    read_manifest,
     units_per_block,
 )
 from qvl_batch.jobs.report import RunReport, write_certificate, write_report
