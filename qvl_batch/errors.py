@@ -183,6 +183,18 @@ class BadVectorError(UnitError):
     stage = "embed"
 
 
+class NoCandidatesError(UnitError):
+    """No row passes the filters of the search: the query has nothing to be ranked."""
+
+    stage = "search"
+
+
+class MissingRowError(UnitError):
+    """A given candidate is not in the tables."""
+
+    stage = "search"
+
+
 class EmbedFailedError(UnitError):
     """The model can not take this unit (out of memory alone, prompt not allowed)."""
 
