@@ -18,11 +18,10 @@ from ray.exceptions import RayTaskError
 
 from qvl_batch.config import CommitSection, LimitsSection
 from qvl_batch.errors import InvariantBrokenError
-from qvl_batch.jobs.commit_loop import CommitLoop
+from qvl_batch.jobs.commit_loop import CommitLoop, Tables
 from qvl_batch.jobs.control import RunControl, cause_of
 from qvl_batch.jobs.progress import Progress
 from qvl_batch.jobs.stages import Written
-from qvl_batch.tables.commit import append, append_failures
 from qvl_batch.tables.store import TableStore
 
 EXIT_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -51,6 +50,7 @@ class Work:
         schemas: Of the tables that are written to.
         planned_versions: Their versions when the work was planned; a table that is not named here
             is created before the first write.
+        commits: Where what is written goes: see `jobs.modes`.
         name: Names the ordinal for a person.
     """
 
@@ -64,6 +64,7 @@ class Work:
     write: WriteStage
     schemas: Mapping[str, pa.Schema]
     planned_versions: Mapping[str, int]
+    commits: Tables
     name: Callable[[int], str]
     commit: CommitSection
     limits: LimitsSection
@@ -102,27 +103,6 @@ def _write_group(stage: WriteStage, exclude: frozenset[int], *blocks: pa.Table) 
     return stage(blocks, exclude)
 
 
-class _Commits:
-    """`commit_loop.Tables` through the tables room."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def append(self, table: str, fragments: Sequence[Mapping[str, Any]], marker: str) -> None:
-        append(
-            self._work.store,
-            table,
-            fragments,
-            marker=marker,
-            run_id=self._work.run_id,
-            # A table that the plan did not find begins with version 1, which is empty.
-            planned_version=self._work.planned_versions.get(table, 1),
-        )
-
-    def append_failures(self, rows: pa.Table, marker: str) -> None:
-        append_failures(self._work.store, rows, marker=marker, run_id=self._work.run_id)
-
-
 class Run:
     """One run of a graph: feeds the commit loop, shows progress, stops in good order."""
 
@@ -135,7 +115,7 @@ class Run:
             num_units=work.num_ordinals,
             # Not earlier: a model that does not load must leave no empty tables behind.
             writes=_RayWrites(work.write, before_first=work.create_tables),
-            tables=_Commits(work),
+            tables=work.commits,
             run_id=work.markers,
             interval_s=work.commit.interval_s,
             fragment_bytes=work.commit.fragment_bytes,

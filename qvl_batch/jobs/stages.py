@@ -330,6 +330,7 @@ class WriteRows:
         units = units.filter(pc.invert(stopped))
         now = dt.datetime.now(dt.UTC)
         fragments: dict[str, list[dict[str, Any]]] = {}
+        done: dict[str, npt.NDArray[np.int64]] = {}
         failures = []
         num_rows = num_units = 0
         for name in units["_table"].unique().to_pylist():
@@ -337,6 +338,7 @@ class WriteRows:
             rows = explode(mine, self.schemas[name], run_id=self.run_id, embedded_at=now)
             if rows.num_rows:
                 fragments[name] = write_fragments(self.root, self.storage, name, rows)
+                done[name] = mine.filter(pc.is_null(mine["_failure"]))["_ordinal"].to_numpy()
                 num_rows += rows.num_rows
             lost = failure_rows(
                 mine,
@@ -355,6 +357,7 @@ class WriteRows:
             num_units=num_units,
             num_rows=num_rows,
             num_tokens=_total_tokens(units),
+            done=done,
         )
 
 
@@ -368,6 +371,7 @@ class Written:
     """What one group of blocks became: fragments by table, not yet visible, and failures.
 
     `ordinals` are all units of the group; those in `not_started` are neither done nor failed.
+    `done` has those whose rows are in a table's fragments; a table it does not name has them all.
     `work` counts what it took, by name.
     """
 
@@ -378,4 +382,5 @@ class Written:
     num_units: int
     num_rows: int
     num_tokens: int
+    done: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     work: Mapping[str, int] = field(default_factory=dict)

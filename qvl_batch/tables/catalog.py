@@ -11,6 +11,7 @@ from typing import Any
 import lance
 import pyarrow as pa
 
+from qvl_batch import crash
 from qvl_batch.errors import QvlError, RunFailedError
 from qvl_batch.schema import CATALOG
 from qvl_batch.tables.fragments import data_path, sha256_of
@@ -81,6 +82,7 @@ def _merge(store: TableStore, rows: pa.Table) -> None:
         if catalog is None:
             raise RunFailedError(f"{store.uri(CATALOG_TABLE)} is gone")
         try:
+            crash.reached("catalog-update")
             # The version keeps a slow driver from putting an older state over a newer one.
             (
                 catalog.merge_insert("table")

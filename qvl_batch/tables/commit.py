@@ -17,6 +17,7 @@ import lance
 import pyarrow as pa
 from lance.commit import CommitConflictError
 
+from qvl_batch import crash
 from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, QvlError, RunFailedError
 from qvl_batch.schema import FAILURES
 from qvl_batch.tables.fragments import (
@@ -192,7 +193,9 @@ def commit_once(
                 operation,
                 transaction_properties={MARKER: marker, RUN_ID: run_id},
             )
+            crash.reached("before-commit")
             commit(store, table, transaction)
+            crash.reached("after-commit")
             found = standing(_open(store, table))
         except (LeaseHeldError, RunFailedError):
             raise
@@ -210,6 +213,15 @@ def commit_once(
             f"table {table}: {attempts} attempts to commit lost against other writers"
         ) from cause
     raise storage_error(store.uri(table), cause) from cause
+
+
+def find_commit(store: TableStore, table: str, marker: str, since: int) -> int | None:
+    """Return the version after ``since`` that was committed with a marker; None if there is none.
+
+    Raises:
+        InvariantBrokenError: If the marker stands twice, or there is no table.
+    """
+    return _find(stamps_since(store, table, _open(store, table), since), table, marker)
 
 
 def stamps_since(

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from qvl_batch import crash
 from qvl_batch.errors import LeaseHeldError, LeaseLostError, StorageError
 from qvl_batch.storage import join
 from qvl_batch.tables.conditional import Place
@@ -158,6 +159,7 @@ class Leases:
             if holder is not None and holder.is_live(self._ttl_s) and not steal:
                 raise LeaseHeldError(table, holder.run_id, str(holder))
             claim = {"run_id": self.run_id, **_who(), "since": self._since}
+            crash.reached("lease-acquire")
             won = self._place.create(_epoch_name(table, epoch + 1), claim)
             latest = _latest_epochs(self._place, table).get(table, 0)
             # A higher one is there if this process was asleep since it looked, and the epoch that
@@ -171,6 +173,7 @@ class Leases:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._ttl_s / _RENEWALS_PER_TTL / 2):
+            crash.reached("lease-renewal")
             began_s = time.monotonic()
             if began_s - self._seen_s < self._ttl_s / _RENEWALS_PER_TTL:
                 continue

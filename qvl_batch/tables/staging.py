@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from lance.schema import LanceSchema
 
+from qvl_batch import crash
 from qvl_batch.tables.commit import append, commit_once
 from qvl_batch.tables.fragments import WrittenFragment, write_to
 from qvl_batch.tables.store import TableStore
@@ -25,6 +26,7 @@ from qvl_batch.tables.store import TableStore
 PREFIX = "_qvl_staging__"
 _SESSION = b"qvl.session"
 _DIGEST = b"qvl.digest"
+_BASE = b"qvl.base_version"
 
 _SCHEMA = pa.schema(
     [
@@ -42,6 +44,7 @@ class Staged:
     Args:
         session: Names the replace: the same for every run that goes on with it.
         digest: Of what the partition is to hold; see `digest_of`.
+        base_version: The table's when the replace began.
         units: unit_ids whose rows are written.
         failed: unit_ids that failed in this replace.
         fragments: All of them, as `fragments.write_fragments` gave them.
@@ -49,6 +52,7 @@ class Staged:
 
     session: str
     digest: str
+    base_version: int
     units: pa.Array
     failed: pa.Array
     fragments: tuple[WrittenFragment, ...]
@@ -79,16 +83,21 @@ def read(store: TableStore, table: str) -> Staged | None:
     return Staged(
         session=metadata[_SESSION].decode(),
         digest=metadata[_DIGEST].decode(),
+        base_version=int(metadata[_BASE]),
         units=pc.list_flatten(rows["unit_ids"].combine_chunks()),
         failed=pc.list_flatten(rows["failed_ids"].combine_chunks()),
         fragments=tuple(fragments),
     )
 
 
-def begin(store: TableStore, table: str, *, session: str, digest: str, run_id: str) -> Staged:
+def begin(
+    store: TableStore, table: str, *, session: str, digest: str, base_version: int, run_id: str
+) -> Staged:
     """Open a replace of a table, in place of an earlier one if there is any."""
-    store.create(PREFIX + table, _SCHEMA.with_metadata({_SESSION: b"", _DIGEST: b""}))
-    _set_state(store, table, session, digest, marker=f"{session}/begin/{table}", run_id=run_id)
+    store.create(PREFIX + table, _SCHEMA.with_metadata({_SESSION: b""}))
+    crash.reached("replace-begin")
+    state = {_SESSION: session, _DIGEST: digest, _BASE: str(base_version)}
+    _set_state(store, table, state, marker=f"{session}/begin/{table}", run_id=run_id)
     staged = read(store, table)
     assert staged is not None
     return staged
@@ -105,6 +114,7 @@ def record(
     run_id: str,
 ) -> None:
     """Note finished work, exactly once, whatever gets lost on the way."""
+    crash.reached("replace-record")
     row = {
         "unit_ids": [list(units)],
         "failed_ids": [list(failed)],
@@ -120,7 +130,8 @@ def close(store: TableStore, table: str, session: str, *, run_id: str) -> None:
     """End a replace: it was published, or is given up. May be done again."""
     current = read(store, table)
     if current is not None and current.session == session:
-        _set_state(store, table, "", "", marker=f"{session}/close/{table}", run_id=run_id)
+        crash.reached("replace-close")
+        _set_state(store, table, {_SESSION: ""}, marker=f"{session}/close/{table}", run_id=run_id)
 
 
 def open_replaces(store: TableStore) -> dict[str, Staged]:
@@ -131,9 +142,9 @@ def open_replaces(store: TableStore) -> dict[str, Staged]:
 
 
 def _set_state(
-    store: TableStore, table: str, session: str, digest: str, *, marker: str, run_id: str
+    store: TableStore, table: str, state: dict[bytes, str], *, marker: str, run_id: str
 ) -> None:
-    schema = _SCHEMA.with_metadata({_SESSION: session.encode(), _DIGEST: digest.encode()})
+    schema = _SCHEMA.with_metadata(state)
 
     def build(_: lance.LanceDataset) -> lance.LanceOperation.Overwrite:
         return lance.LanceOperation.Overwrite(LanceSchema.from_pyarrow(schema), [])

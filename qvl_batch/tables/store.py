@@ -15,6 +15,7 @@ import pyarrow as pa
 from lance.file import LanceFileSession
 from lance.schema import LanceSchema
 
+from qvl_batch import crash
 from qvl_batch.errors import RecipeMismatchError, StorageError
 from qvl_batch.recipe import differences
 from qvl_batch.storage import Storage, is_local, local_path, scheme_of
@@ -194,6 +195,7 @@ class TableStore:
         # one's table, rows and all. An Overwrite of version 0 without retries can only make
         # version 1.
         empty = lance.LanceOperation.Overwrite(LanceSchema.from_pyarrow(schema), [])
+        crash.reached("create-table")
         try:
             lance.LanceDataset.commit(
                 self.uri(name),

@@ -20,7 +20,7 @@ def test_a_replace_from_begin_to_publish(any_store) -> None:
     digest = staging.digest_of("recipe", pa.array(["b", "a", "c"]))
     assert digest == staging.digest_of("recipe", pa.array(["c", "b", "a"]))
     assert digest != staging.digest_of("other", pa.array(["a", "b", "c"]))
-    staging.begin(store, "media", session="s1", digest=digest, **RUN)
+    staging.begin(store, "media", session="s1", digest=digest, base_version=1, **RUN)
     for number, (unit, lost) in enumerate([("a", []), ("b", ["c"])]):
         table = rows.table_rows([unit], SCHEMA)
         written = fragments.write_fragments(store.root, store.storage, "media", table)
@@ -38,7 +38,7 @@ def test_a_replace_from_begin_to_publish(any_store) -> None:
     staging.close(store, "media", "s1", **RUN)
     assert staging.read(store, "media") is None
     assert store.open("media").count_rows() == 2
-    staging.begin(store, "media", session="s2", digest=digest, **RUN)
+    staging.begin(store, "media", session="s2", digest=digest, base_version=2, **RUN)
     # Another session's end is none of this one's.
     staging.close(store, "media", "s1", **RUN)
     assert len(staging.read(store, "media").units) == 0
