@@ -261,7 +261,7 @@ def identify(manifest: Manifest, collection: str) -> Units:
         identity = media_id(uri or None, text=text, byte_offset=offset, byte_length=length)
         media.append(identity)
         units.append(unit_id(identity, etag))
-    tables, partitions = _tables_of(manifest, collection)
+    tables, partitions = tables_of(manifest.path, manifest.rows, manifest.partition_by, collection)
     rows = (
         rows.append_column("unit_id", pa.array(units, pa.string()))
         .append_column("media_id", pa.array(media, pa.string()))
@@ -273,18 +273,24 @@ def identify(manifest: Manifest, collection: str) -> Units:
     )
 
 
-def _tables_of(manifest: Manifest, collection: str) -> tuple[pa.Array, dict[str, Partition]]:
-    keys = manifest.partition_by
+def tables_of(
+    path: str, rows: pa.Table, keys: Sequence[str], collection: str
+) -> tuple[pa.Array, dict[str, Partition]]:
+    """Return the table of every row by the values of its partition columns, and all tables.
+
+    Raises:
+        ManifestError: If a value can not name a partition, or two partitions would share a table.
+    """
     if not keys:
         name = table_name(collection, ())
-        return pa.array([name] * manifest.rows.num_rows, pa.string()), {name: ()}
+        return pa.array([name] * rows.num_rows, pa.string()), {name: ()}
     partitions: dict[str, Partition] = {}
     names: dict[tuple[object, ...], str] = {}
     of_row = []
-    for values in zip(*(manifest.rows[key].to_pylist() for key in keys), strict=True):
+    for values in zip(*(rows[key].to_pylist() for key in keys), strict=True):
         if values not in names:
             partition = tuple(
-                (key, partition_value(manifest.path, key, value))
+                (key, partition_value(path, key, value))
                 for key, value in zip(keys, values, strict=True)
             )
             name = table_name(collection, partition)

@@ -59,16 +59,24 @@ def failed_units(store: TableStore, collection: str, partition_json: str) -> pa.
     Raises:
         StorageError: If a table can not be read.
     """
+    rows = failure_rows(store, collection, partition_json)
+    if not rows.num_rows:
+        return rows
+    ds = store.open(table_name(collection, partition_from_json(partition_json)))
+    return latest_failures(rows, None if ds is None else done_units(ds))
+
+
+def failure_rows(store: TableStore, collection: str, partition_json: str) -> pa.Table:
+    """Return all failures ever noted of a partition, in the columns of `failed_units`."""
     failures = store.open(FAILURES_TABLE)
-    empty = pa.schema([FAILURES.field(name) for name in _VIEW_COLUMNS]).empty_table()
+    schema = pa.schema([FAILURES.field(name) for name in _VIEW_COLUMNS])
     if failures is None:
-        return empty
+        return schema.empty_table()
     rows = failures.to_table(
         columns=list(_VIEW_COLUMNS),
         filter=f"collection = {sql_text(collection)} AND partition = {sql_text(partition_json)}",
     )
-    ds = store.open(table_name(collection, partition_from_json(partition_json)))
-    return latest_failures(rows, None if ds is None else done_units(ds)).cast(empty.schema)
+    return rows.cast(schema)
 
 
 def latest_failures(rows: pa.Table, done: pa.Array | None) -> pa.Table:
