@@ -180,7 +180,7 @@ class _Documents:
 
 @dataclass(frozen=True)
 class _Labels:
-    """Labels of the queries asked; ``names`` are the distinct documents that ``document`` counts."""
+    """Labels of the queries asked; ``document`` counts the distinct ``names``."""
 
     names: pa.Array
     query: npt.NDArray[np.int64]
