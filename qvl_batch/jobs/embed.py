@@ -36,13 +36,13 @@ from qvl_batch.jobs.commit_loop import Counts
 from qvl_batch.jobs.control import Load, MayStart
 from qvl_batch.jobs.driver import EXIT_OF_SIGNAL, Run, Work
 from qvl_batch.jobs.graph import from_blocks, on_cpus, on_gpus
+from qvl_batch.jobs.identify import identify
 from qvl_batch.jobs.limits import decode_limits, fetch_limits
+from qvl_batch.jobs.manifest import read_manifest
 from qvl_batch.jobs.plan import (
     Plan,
     cut_blocks,
-    identify,
     plan_units,
-    read_manifest,
     units_per_block,
 )
 from qvl_batch.jobs.report import RunReport, write_certificate, write_report
