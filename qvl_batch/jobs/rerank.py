@@ -206,5 +206,10 @@ def _set_ranks(job: RerankJob, tally: Tally) -> None:
             return ranks_to_set(latest.to_table(columns=_RANKED), waiting)
 
         tally.ranks_set += set_ranks(
-            target.store, name, ranks, run_id=job.run_id, planned_version=dataset.version
+            target.store,
+            name,
+            ranks,
+            marker=f"{job.run_id}/ranks",
+            run_id=job.run_id,
+            planned_version=dataset.version,
         )

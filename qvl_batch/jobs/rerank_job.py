@@ -18,7 +18,7 @@ from qvl_batch.api.parity import check_stack
 from qvl_batch.config import DEFAULT_QUERY_INSTRUCTION, ModelSection
 from qvl_batch.errors import ConfigError, ModelError, RecipeMismatchError, StorageError
 from qvl_batch.jobs.checkpoint import Model, QwenCheckpoint, QwenReranker, RerankModel
-from qvl_batch.jobs.plan import tables_of
+from qvl_batch.jobs.identify import tables_of
 from qvl_batch.jobs.rerank_plan import QueryPlan, Retries, Target, plan_queries, with_digests
 from qvl_batch.jobs.retrieve_stages import FirstStage
 from qvl_batch.media.queries import Labels, read_candidates, read_labels, read_queries
@@ -26,17 +26,17 @@ from qvl_batch.recipe import Recipe, RerankRecipe, differences
 from qvl_batch.rerank_config import RerankConfig
 from qvl_batch.storage import Storage
 from qvl_batch.tables.filters import filter_of
-from qvl_batch.tables.layout import check_collection_name
-from qvl_batch.tables.ledger import table_collection, table_recipe
-from qvl_batch.tables.lists import read_lance
-from qvl_batch.tables.scores import (
-    CANDIDATES,
+from qvl_batch.tables.layout import (
+    COLLECTION_METADATA,
     KIND_METADATA,
-    SCORES,
-    VECTORS,
-    candidates_collection,
-    table_kind,
+    PARTITION_METADATA,
+    VECTORS_KIND,
+    check_collection_name,
 )
+from qvl_batch.tables.ledger import table_kind, table_recipe
+from qvl_batch.tables.lists import read_lance
+from qvl_batch.tables.open import OpenTables
+from qvl_batch.tables.scores import CANDIDATES_KIND, SCORES_KIND, candidates_collection
 from qvl_batch.tables.search import SHORTLIST
 from qvl_batch.tables.store import TableStore
 
@@ -106,8 +106,9 @@ def prepare(
         labels = read_labels(config.input.relevance, storage, queries=listed, read_lance=read_lance)
     limit = config.input.limit
     rows = listed.rows.slice(0, limit) if limit is not None else listed.rows
-    tables, partitions = tables_of(listed.path, rows, listed.partition_by, collection)
-    queries = with_digests(rows, tables)
+    codes, tables, partitions = tables_of(listed.path, rows, listed.partition_by, collection)
+    names = pa.array(tables, pa.string()).take(pa.array(codes))
+    queries = with_digests(rows, names)
     first = _first_stage(config, storage, first_model, searches=given is None)
     reranker = model or QwenReranker.of(config.model, storage, config.pools.rerank.batch_tokens)
     reranker.check()
@@ -144,12 +145,12 @@ def prepare(
         plan=plan,
         candidates_schemas={
             target.candidates(name): schema.candidates(
-                columns, stated | _names(CANDIDATES, target, name)
+                columns, stated | _names(CANDIDATES_KIND, target, name)
             )
             for name in partitions
         },
         scores_schemas={
-            name: schema.scores(columns, stated | _names(SCORES, target, name))
+            name: schema.scores(columns, stated | _names(SCORES_KIND, target, name))
             for name in partitions
         },
         certificate=certificate,
@@ -160,8 +161,8 @@ def _names(kind: str, target: Target, scores_table: str) -> dict[str, str]:
     own = target.collection
     return {
         KIND_METADATA: kind,
-        "qvl.collection": candidates_collection(own) if kind == CANDIDATES else own,
-        "qvl.partition": target.json(scores_table),
+        COLLECTION_METADATA: candidates_collection(own) if kind == CANDIDATES_KIND else own,
+        PARTITION_METADATA: target.json(scores_table),
     }
 
 
@@ -177,10 +178,18 @@ def _first_stage(
     """
     search = config.search
     store = TableStore(search.root, storage)
-    tables = _tables_of(store, search.collection)
-    some = next(iter(tables.values()))
+    opening = OpenTables(store)
+    tables = opening.of(search.collection)
+    some = next(iter(tables.values()), None)
+    if some is None or table_kind(some) != VECTORS_KIND:
+        there = ", ".join(opening.collections())
+        raise StorageError(
+            f"{store.root} holds no collection {search.collection!r}.",
+            f"There are: {there}." if there else "It holds none.",
+        )
     recipe = table_recipe(some)
-    assert recipe is not None
+    if recipe is None:
+        raise StorageError(f"{some.uri} states no recipe.", "Search tables that embed made.")
     metadata = {k.decode(): v.decode() for k, v in (some.schema.metadata or {}).items()}
     instruction = search.query_instruction or metadata.get("qvl.query_instruction")
     instruction = instruction or DEFAULT_QUERY_INSTRUCTION
@@ -212,7 +221,7 @@ def _first_stage(
         shortlist=shortlist,
         rescore=search.rescore,
         where=tuple(search.where),
-        nprobes={},
+        nprobes=opening.nprobes(tables),
     )
     return First(
         recipe=recipe,
@@ -221,25 +230,6 @@ def _first_stage(
         stage=stage,
         stated=stated,
     )
-
-
-def _tables_of(store: TableStore, collection: str) -> dict[str, Any]:
-    """Open all tables of vectors of a collection; they have one recipe."""
-    opened, others = {}, set()
-    for name in store.names():
-        if name.startswith("_"):
-            continue
-        dataset = store.open(name)
-        if dataset is None or table_kind(dataset) != VECTORS:
-            continue
-        if table_collection(dataset) == collection and table_recipe(dataset) is not None:
-            opened[name] = dataset
-        else:
-            others.add(table_collection(dataset))
-    if not opened:
-        there = f"There are: {', '.join(sorted(others - {''}))}." if others else "It has none."
-        raise StorageError(f"{store.root} holds no collection {collection!r}.", there)
-    return opened
 
 
 def _own_model(config: RerankConfig, metadata: Mapping[str, str], storage: Storage) -> Model:
@@ -275,7 +265,7 @@ def _refuse_other_collection(
         dataset = store.open(name)
         if dataset is None:
             continue
-        if table_kind(dataset) == VECTORS:
+        if table_kind(dataset) == VECTORS_KIND:
             raise ConfigError(
                 f"The collection {collection} in {store.root} holds vectors.",
                 "Choose another output.collection.",

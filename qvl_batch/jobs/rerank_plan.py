@@ -17,10 +17,10 @@ from qvl_batch.errors import ConfigError
 from qvl_batch.jobs.plan import split_failed
 from qvl_batch.recipe import Recipe, RerankRecipe
 from qvl_batch.tables.layout import Partition, partition_json, table_name
+from qvl_batch.tables.ledger import Failures
 from qvl_batch.tables.scores import (
     candidates_collection,
     column_values,
-    failed_of,
     incomplete_queries,
     read_where_in,
 )
@@ -116,18 +116,14 @@ def plan_queries(
     """
     left, versions = [], {}
     num_found = num_failed = 0
+    failures = Failures(target.store, target.collection)
     for scores_table in target.partitions:
         mine = queries.filter(pc.equal(queries["_scores"], scores_table))
         name = target.candidates(scores_table)
         dataset = target.store.open(name)
         ids = mine["query_id"].combine_chunks()
         found = read_where_in(dataset, "query_id", ids, ["query_id", "query_digest", "row_id"])
-        failed = failed_of(
-            target.store,
-            target.collection,
-            target.json(scores_table),
-            column_values(dataset, "query_id"),
-        )
+        failed = failures.of(target.json(scores_table), column_values(dataset, "query_id"))
         if dataset is not None and found is not None:
             versions[name] = dataset.version
             _refuse_changed(mine, found)
@@ -264,6 +260,7 @@ def plan_pairs(
     columns = [field.name for field in kind if field.name not in inside]
     left, versions = [], {}
     num_pairs = num_scored = num_failed = 0
+    failures = Failures(target.store, target.collection)
     for scores_table in pc.unique(wave["_scores"]).to_pylist():
         mine = wave.filter(pc.equal(wave["_scores"], scores_table))
         dataset = target.store.open(target.candidates(scores_table))
@@ -279,7 +276,7 @@ def plan_pairs(
         done = pc.is_in(pairs["pair_id"], value_set=scored)
         num_scored += pc.sum(done).as_py() or 0
         pairs = pairs.filter(pc.invert(done))
-        failed = failed_of(target.store, target.collection, target.json(scores_table), scored)
+        failed = failures.of(target.json(scores_table), scored)
         skip, retry = retries.split(failed)
         skipped = pc.is_in(pairs["pair_id"], value_set=skip)
         num_failed += pc.sum(skipped).as_py() or 0
@@ -367,5 +364,6 @@ def incomplete(target: Target, scores_table: str, scored: pa.Array) -> pa.Array:
     if dataset is None:
         return pa.array([], pa.string())
     candidates = dataset.to_table(columns=["query_id", "pair_id"])
-    failed = failed_of(target.store, target.collection, target.json(scores_table), scored)
+    failures = Failures(target.store, target.collection)
+    failed = failures.of(target.json(scores_table), scored)
     return incomplete_queries(candidates, scored, failed["unit_id"].combine_chunks())

@@ -248,7 +248,13 @@ def quality(job: RerankJob) -> tuple[dict[str, Any] | None, dict[str, Any] | Non
     if joined["rank_after"].null_count == joined.num_rows:
         return None, None
     before, later = (
-        metrics(joined, job.labels.rows, rank=rank, query_ids=ids).to_dict()
+        metrics(
+            joined,
+            job.labels.rows,
+            rank=rank,
+            relevant_from=job.config.input.relevant_from,
+            query_ids=ids,
+        ).to_dict()
         for rank in ("rank_before", "rank_after")
     )
     return before, later

@@ -20,6 +20,7 @@ from qvl_batch.jobs.parts import Part, iter_parts, parts_array
 from qvl_batch.jobs.stages import NOT_STARTED, Written, failure_value
 from qvl_batch.media.fetch import FetchRequest
 from qvl_batch.storage import Storage
+from qvl_batch.tables.filters import filter_of
 from qvl_batch.tables.fragments import write_fragments
 from qvl_batch.tables.scores import read_where_in
 from qvl_batch.tables.search import search
@@ -196,8 +197,6 @@ class SearchTables:
     def _where(self) -> Any:
         if not self._first.where:
             return None
-        from qvl_batch.tables.filters import filter_of
-
         dataset = next(iter(self._tables.values()))
         return filter_of(list(self._first.where), dataset.schema)
 

@@ -227,17 +227,6 @@ def stamps_since(
     return [known[v] for v in range(since + 1, latest.version + 1) if v in known]
 
 
-def refuse_other_runs(
-    store: TableStore, table: str, latest: lance.LanceDataset, *, since: int, run_id: str
-) -> None:
-    """Refuse a table whose rows another run changed after the version ``since``.
-
-    Raises:
-        LeaseHeldError: Naming that run.
-    """
-    _refuse_other_runs(stamps_since(store, table, latest, since), table, run_id)
-
-
 def check_files(store: TableStore, table: str, fragments: Iterable[WrittenFragment]) -> None:
     """Refuse fragments of which a file is missing or cut: Lance would commit them.
 

@@ -7,8 +7,6 @@ table under the collection's name, with the query_id or the pair_id as unit_id.
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Sequence
 
 import lance
@@ -16,22 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, QvlError, RunFailedError
-from qvl_batch.tables.commit import RUN_ID, Commit, commit_transaction, refuse_other_runs
-from qvl_batch.tables.ledger import failure_rows, latest_failures
-from qvl_batch.tables.store import TableStore, storage_error
+from qvl_batch.tables.commit import Commit, commit_once, commit_transaction
+from qvl_batch.tables.store import TableStore
 
-KIND_METADATA = "qvl.kind"
-VECTORS, SCORES, CANDIDATES = "vectors", "scores", "candidates"
+SCORES_KIND, CANDIDATES_KIND = "scores", "candidates"
 
 _BATCH_ROWS = 65_536
-_ATTEMPTS = 20
-_LONGEST_PAUSE_S = 2.0
-
-
-def table_kind(ds: lance.LanceDataset) -> str:
-    """Return what a table holds: ``vectors``, ``scores`` or ``candidates``."""
-    return (ds.schema.metadata or {}).get(KIND_METADATA.encode(), VECTORS.encode()).decode()
 
 
 def candidates_collection(collection: str) -> str:
@@ -69,11 +57,6 @@ def column_values(ds: lance.LanceDataset | None, column: str) -> pa.Array:
         if batch.num_rows
     ]
     return pc.unique(pa.concat_arrays(seen)) if seen else pa.array([], pa.string())
-
-
-def failed_of(store: TableStore, collection: str, partition_json: str, done: pa.Array) -> pa.Table:
-    """Return the latest failure of each query or pair that is not done (`latest_failures`)."""
-    return latest_failures(failure_rows(store, collection, partition_json), done)
 
 
 def ranks_to_set(scores: pa.Table, incomplete: pa.Array) -> pa.Table:
@@ -124,58 +107,48 @@ def set_ranks(
     table: str,
     planned: Callable[[lance.LanceDataset], pa.Table],
     *,
+    marker: str,
     run_id: str,
     planned_version: int,
     commit: Commit = commit_transaction,
 ) -> int:
     """Bring a scores table's ranks up to date in one commit: readers see all of them or none.
 
-    It needs no marker: what is to be set is decided anew at each attempt, so that a commit whose
-    acknowledgement was lost leaves nothing to set.
-
     Args:
         planned: Returns `ranks_to_set` for an open version of the table.
-        planned_version: The version from which this run planned; another run's rows since then are
-            refused.
+        marker: As `commit.append` has it, like all that follow.
 
     Returns:
         How many rows got another rank.
 
     Raises:
-        LeaseHeldError: If another run wrote rows meanwhile; it will set the ranks.
-        StorageError: If the store fails for longer than the retries last.
+        LeaseHeldError, StorageError, RunFailedError: As `commit.append`. If another run wrote rows
+            meanwhile, that run sets the ranks.
     """
-    cause: Exception = RunFailedError("never tried")
     changed = 0
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(random.uniform(0, min(_LONGEST_PAUSE_S, 0.05 * 2**attempt)))
-        try:
-            dataset = store.open(table)
-            if dataset is None:
-                raise InvariantBrokenError(f"{store.uri(table)} is gone")
-            refuse_other_runs(store, table, dataset, since=planned_version, run_id=run_id)
-            ranks = planned(dataset)
-            if not ranks.num_rows:
-                return changed
-            changed = ranks.num_rows
-            # All rows of a fragment change as a rule: the one column is written anew, no row moves.
-            merge = dataset.merge_insert("pair_id").when_matched_update_all()
-            transaction, _ = merge.write_mode("rewrite_columns").execute_uncommitted(ranks)
-            stamped = lance.Transaction(
-                transaction.read_version,
-                transaction.operation,
-                transaction_properties={RUN_ID: run_id},
-            )
-            commit(store, table, stamped)
-        except (LeaseHeldError, RunFailedError):
-            raise
-        except Exception as error:
-            # Whatever failed, the commit may stand: the next look at the table tells.
-            cause = error
-    if isinstance(cause, QvlError):
-        raise cause
-    raise storage_error(store.uri(table), cause) from cause
+
+    def build(latest: lance.LanceDataset) -> lance.LanceOperation.BaseOperation | None:
+        nonlocal changed
+        ranks = planned(latest)
+        changed = ranks.num_rows
+        if not changed:
+            return None
+        # All rows of a fragment change as a rule: the one column is written anew, no row moves.
+        merge = latest.merge_insert("pair_id").when_matched_update_all()
+        transaction, _ = merge.write_mode("rewrite_columns").execute_uncommitted(ranks)
+        return transaction.operation
+
+    commit_once(
+        store,
+        table,
+        build,
+        marker=marker,
+        run_id=run_id,
+        since=planned_version,
+        exclusive=True,
+        commit=commit,
+    )
+    return changed
 
 
 def _int32(values: object) -> pa.Array:
