@@ -20,6 +20,7 @@ from qvl_batch.config import CommitSection, LimitsSection
 from qvl_batch.errors import InvariantBrokenError
 from qvl_batch.jobs.commit_loop import CommitLoop, Tables
 from qvl_batch.jobs.control import RunControl, cause_of
+from qvl_batch.jobs.modes import Appending, Target
 from qvl_batch.jobs.progress import Progress
 from qvl_batch.jobs.stages import Written
 from qvl_batch.tables.store import TableStore
@@ -50,8 +51,9 @@ class Work:
         schemas: Of the tables that are written to.
         planned_versions: Their versions when the work was planned; a table that is not named here
             is created before the first write.
-        commits: Where what is written goes: see `jobs.modes`.
         name: Names the ordinal for a person.
+        commits: Where what is written goes: see `jobs.modes`; None: it is added to the tables.
+        make_ready: Called once, when the tables are there and before the first write.
     """
 
     run_id: str
@@ -64,17 +66,19 @@ class Work:
     write: WriteStage
     schemas: Mapping[str, pa.Schema]
     planned_versions: Mapping[str, int]
-    commits: Tables
     name: Callable[[int], str]
     commit: CommitSection
     limits: LimitsSection
     write_tasks: int
+    commits: Tables | None = None
+    make_ready: Callable[[], None] = lambda: None
 
     def create_tables(self) -> None:
         """Create the tables that get their first rows: workers only write files."""
         names = [name for name in self.schemas if name not in self.planned_versions]
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda name: self.store.create(name, self.schemas[name]), names))
+        self.make_ready()
 
 
 class _RayWrites:
@@ -103,6 +107,10 @@ def _write_group(stage: WriteStage, exclude: frozenset[int], *blocks: pa.Table) 
     return stage(blocks, exclude)
 
 
+def _target(work: Work) -> Target:
+    return Target(store=work.store, run_id=work.run_id, planned_versions=work.planned_versions)
+
+
 class Run:
     """One run of a graph: feeds the commit loop, shows progress, stops in good order."""
 
@@ -115,7 +123,7 @@ class Run:
             num_units=work.num_ordinals,
             # Not earlier: a model that does not load must leave no empty tables behind.
             writes=_RayWrites(work.write, before_first=work.create_tables),
-            tables=work.commits,
+            tables=work.commits or Appending(_target(work)),
             run_id=work.markers,
             interval_s=work.commit.interval_s,
             fragment_bytes=work.commit.fragment_bytes,

@@ -3,7 +3,8 @@
 A lease is a numbered epoch object, ``_qvl_leases/tables/{table}/{epoch}``, made by a create-only
 write: of all that want the next epoch one gets it. It names its run. Every run has one heartbeat
 object, written over again and again, whatever number of tables it holds; a lease is as old as its
-run's heartbeat, by the store's own clock. So a run of a thousand partitions renews with one write.
+run's heartbeat, by the store's own clock. So a run of a thousand partitions renews with one
+write. A run whose process has ended on this very machine is known to be dead at once.
 
 Who takes over from a run that was not released fences it: a ``Restore`` of the present version
 makes Lance refuse every Append that the old holder had prepared before, and the old holder finds
@@ -20,7 +21,10 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from qvl_batch import crash
 from qvl_batch.errors import LeaseHeldError, LeaseLostError, StorageError
@@ -28,7 +32,7 @@ from qvl_batch.storage import join
 from qvl_batch.tables.conditional import Place
 
 LEASES_FOLDER = "_qvl_leases"
-TTL_S = 120.0
+TTL_S = 60.0
 # Three chances to renew before anybody may take over.
 _RENEWALS_PER_TTL = 3
 
@@ -46,10 +50,12 @@ class Holder:
     age_s: float
     ttl_s: float
     is_released: bool
+    is_dead: bool
 
     def is_live(self, ttl_s: float) -> bool:
         """Return whether it may still be at work, judged by the longer of two lifetimes."""
-        return not self.is_released and self.age_s <= max(ttl_s, self.ttl_s)
+        silent = self.age_s > max(ttl_s, self.ttl_s)
+        return not (self.is_released or self.is_dead or silent)
 
     def __str__(self) -> str:
         return (
@@ -258,6 +264,7 @@ class _Runs:
             age_s=(self._now - beat.seen).total_seconds() if beat else float("inf"),
             ttl_s=beat.ttl_s if beat else 0.0,
             is_released=bool(beat and beat.is_released),
+            is_dead=_is_gone(claim),
         )
 
     def _beat(self, run_id: str) -> _Beat | None:
@@ -287,4 +294,28 @@ def _heartbeat_name(run_id: str) -> str:
 
 
 def _who() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "pids": _pid_namespace(),
+        "started": psutil.Process().create_time(),
+    }
+
+
+def _pid_namespace() -> str:
+    """Return what tells where a process id means this process; '' where that can not be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _is_gone(claim: Mapping[str, Any]) -> bool:
+    """Return whether the process that made a claim ran here and does not any more."""
+    if not claim.get("pids") or claim["pids"] != _pid_namespace():
+        return False
+    try:
+        return psutil.Process(claim["pid"]).create_time() != claim["started"]
+    except psutil.NoSuchProcess:
+        return True

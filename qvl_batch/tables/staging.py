@@ -58,6 +58,14 @@ class Staged:
     fragments: tuple[WrittenFragment, ...]
 
 
+def nothing(digest: str) -> Staged:
+    """Return a replace that is not open yet: its session is ''."""
+    empty = pa.array([], pa.string())
+    return Staged(
+        session="", digest=digest, base_version=0, units=empty, failed=empty, fragments=()
+    )
+
+
 def digest_of(recipe_id: str, unit_ids: pa.Array) -> str:
     """Return what a partition is to hold in short: a replace goes on only if it is the same."""
     digest = hashlib.blake2b(recipe_id.encode(), digest_size=16)
