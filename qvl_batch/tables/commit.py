@@ -18,7 +18,13 @@ import pyarrow as pa
 from lance.commit import CommitConflictError
 
 from qvl_batch import crash
-from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, QvlError, RunFailedError
+from qvl_batch.errors import (
+    InvariantBrokenError,
+    LeaseHeldError,
+    QvlError,
+    RunFailedError,
+    StorageError,
+)
 from qvl_batch.schema import FAILURES
 from qvl_batch.tables.fragments import (
     DataFileRecord,
@@ -38,6 +44,9 @@ _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 # Operations after which the rows that this run planned with may be others.
 _CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore", "Update")
+
+# What Lance raises when the store, or another commit, stands in the way.
+_STORE_ERRORS = (OSError, ValueError, RuntimeError)
 
 Commit = Callable[[TableStore, str, lance.Transaction], int]
 # What to commit, made from the version that it goes on; None: there is nothing to do.
@@ -199,7 +208,7 @@ def commit_once(
             found = standing(_open(store, table))
         except (LeaseHeldError, RunFailedError):
             raise
-        except Exception as error:
+        except (*_STORE_ERRORS, CommitConflictError, StorageError) as error:
             # Whatever failed, the commit may stand: only the next look at the versions can tell.
             cause = error
             continue

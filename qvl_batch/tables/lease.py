@@ -316,6 +316,9 @@ def _is_gone(claim: Mapping[str, Any]) -> bool:
     if not claim.get("pids") or claim["pids"] != _pid_namespace():
         return False
     try:
-        return psutil.Process(claim["pid"]).create_time() != claim["started"]
+        process = psutil.Process(claim["pid"])
+        is_other = process.create_time() != claim["started"]
+        # Killed, and nobody has asked for its exit code yet.
+        return is_other or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
