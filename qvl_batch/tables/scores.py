@@ -99,7 +99,7 @@ def incomplete_queries(candidates: pa.Table, scored: pa.Array, failed: pa.Array)
         pc.is_in(candidates["pair_id"], value_set=scored),
         pc.is_in(candidates["pair_id"], value_set=failed),
     )
-    return pc.unique(candidates.filter(pc.invert(ended))["query_id"]).combine_chunks()
+    return pc.unique(candidates.filter(pc.invert(ended))["query_id"])
 
 
 def set_ranks(
