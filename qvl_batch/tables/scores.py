@@ -27,6 +27,11 @@ def candidates_collection(collection: str) -> str:
     return f"{collection}.candidates"
 
 
+def scores_collection(candidates: str) -> str:
+    """Return the scores collection that a collection of candidates belongs to."""
+    return candidates.removesuffix(".candidates")
+
+
 def read_where_in(
     ds: lance.LanceDataset | None, column: str, values: pa.Array, columns: Sequence[str]
 ) -> pa.Table | None:

@@ -65,9 +65,7 @@ class RerankRun:
     def rows(self, name: str = "scores") -> pa.Table:
         """Return all rows of a scores collection, or of any other table or collection."""
         names = [
-            found
-            for found in self.store.names()
-            if found == name or found.startswith(f"{name}__")
+            found for found in self.store.names() if found == name or found.startswith(f"{name}__")
         ]
         return pa.concat_tables(
             lance.dataset(self.store.uri(one), storage_options=self.store.options).to_table()
