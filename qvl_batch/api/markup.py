@@ -95,7 +95,7 @@ def excerpt(text: str, most: int) -> str:
 
 
 def _in_text(char: str) -> str:
-    if char >= " " and char < "\x7f" or char in _KEPT_IN_TEXT:
+    if " " <= char < "\x7f" or char in _KEPT_IN_TEXT:
         return char
     return _code(char) if unicodedata.category(char) in _UNSAFE_IN_TEXT else char
 
