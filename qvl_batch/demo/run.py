@@ -68,12 +68,13 @@ def run_demo(out: Path) -> int:
     step(str(checked).replace("\n", "; "))
     found = answer(root)
     step(f"searched the tables for {len(DEMO_QUERIES)} queries, the best {TOP_K} rows of each")
-    reranked, gallery = rerank(found), out / "gallery.html"
+    reranked = rerank(found)
     step("scored each of them once more with the shipped reranker")
-    write_page(gallery, reranked, collection="media", num_rows=summary.num_rows)
-    _print_answers(console, reranked, summary)
-    step(first_hits(found, reranked, summary))
-    step(f"pictures, pages and key frames of all hits: {gallery.resolve()}")
+    _print_answers(console, found, reranked, summary)
+    gallery, counts = out / "gallery.html", first_hits(found, reranked, summary)
+    write_page(gallery, reranked, {"Vectors": summary.num_rows, "First hit right": counts})
+    step(f"first hit right: {counts} (a toy reranker, weaker than the embedder at full precision)")
+    step(f"pages, pictures and key frames to look at: {gallery.resolve()}")
     step("the same by hand:")
     console.print(_how_to_go_on(out, manifest, config, root), soft_wrap=True, highlight=False)
     return 1 if checked.problems else 0
@@ -95,25 +96,30 @@ def _settings(out: Path, manifest: Path) -> dict[str, Any]:
     }
 
 
-def _print_answers(console: Console, hits: Sequence[pa.Table], summary: CorpusSummary) -> None:
-    for query, found in zip(DEMO_QUERIES, hits, strict=True):
+def _print_answers(
+    console: Console,
+    hits: Sequence[pa.Table],
+    reranked: Sequence[pa.Table],
+    summary: CorpusSummary,
+) -> None:
+    for query, found, again in zip(DEMO_QUERIES, hits, reranked, strict=True):
         right = set(summary.answers(query))
+        second = dict(
+            zip(*again.select(["row_id", "rerank_score"]).to_pydict().values(), strict=True)
+        )
         table = Table(title=f"“{query.text}”", title_justify="left", expand=False)
+        table.add_column("score", justify="right")
         table.add_column("rerank", justify="right")
-        table.add_column("search", justify="right")
-        table.add_column("before", justify="right")
         table.add_column("file", overflow="fold")
         table.add_column("what it shows", overflow="fold")
         table.add_column("right", justify="center")
         for hit in found.slice(0, PRINTED).to_pylist():
             path, segment = _place(hit, summary)
             file = next(file for file in summary.files if file.path == path)
-            place = f"{path}, page {segment + 1}" if hit["kind"] == "document" else path
             table.add_row(
-                f"{hit['rerank_score']:.3f}",
-                f"{hit['first_score']:.3f}",
-                str(hit["rank_before"]),
-                place,
+                f"{hit['score']:.3f}",
+                f"{second[hit['row_id']]:.3f}",
+                f"{path}, page {segment + 1}" if hit["kind"] == "document" else path,
                 file.captions[segment],
                 "yes" if (path, segment) in right else "",
             )
@@ -132,10 +138,7 @@ def first_hits(
             for query, found in zip(DEMO_QUERIES, hits, strict=True)
         )
 
-    return (
-        f"the first hit is right for {count(before)} of {len(before)} queries by search, for "
-        f"{count(after)} after reranking"
-    )
+    return f"{count(before)} of {len(before)} by search, {count(after)} after reranking"
 
 
 def _place(hit: Mapping[str, Any], summary: CorpusSummary) -> tuple[str, int]:
@@ -204,10 +207,11 @@ def _reordered(found: pa.Table, scores: np.ndarray) -> pa.Table:
     return rows.take(order).append_column("rank", ranks)
 
 
-def write_page(path: Path, hits: Sequence[pa.Table], *, collection: str, num_rows: int) -> None:
+def write_page(path: Path, hits: Sequence[pa.Table], facts: Mapping[str, object]) -> None:
     """Write the gallery of the hits of every demo query."""
     from qvl_batch.api.gallery import GallerySection, write_gallery
 
+    stored = f"{' and '.join(DEMO_RECIPE['encodings'])}, {DEMO_RECIPE['dim']} dimensions"
     write_gallery(
         path,
         [
@@ -215,12 +219,7 @@ def write_page(path: Path, hits: Sequence[pa.Table], *, collection: str, num_row
             for query, found in zip(DEMO_QUERIES, hits, strict=True)
         ],
         title="What the demo found",
-        facts={
-            "Collection": collection,
-            "Vectors": f"{num_rows} of {DEMO_RECIPE['dim']} dimensions",
-            "Stored as": " and ".join(DEMO_RECIPE["encodings"]),
-            "Models": "the shipped demo checkpoints",
-        },
+        facts={"Models": "the shipped demo checkpoints", "Stored as": stored, **facts},
         storage=Storage(),
     )
 
