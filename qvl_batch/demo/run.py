@@ -104,9 +104,7 @@ def _print_answers(
 ) -> None:
     for query, found, again in zip(DEMO_QUERIES, hits, reranked, strict=True):
         right = set(summary.answers(query))
-        second = dict(
-            zip(*again.select(["row_id", "rerank_score"]).to_pydict().values(), strict=True)
-        )
+        second = {hit["row_id"]: hit["rerank_score"] for hit in again.to_pylist()}
         table = Table(title=f"“{query.text}”", title_justify="left", expand=False)
         table.add_column("score", justify="right")
         table.add_column("rerank", justify="right")
