@@ -197,7 +197,9 @@ def _item(hit: Mapping[str, Any]) -> dict[str, Any]:
 def _reordered(found: pa.Table, scores: np.ndarray) -> pa.Table:
     """Return the hits with their second scores, sorted by them, NaN last."""
     ranks = pa.array(range(1, found.num_rows + 1), pa.int32())
-    rows = found.rename_columns({"score": "first_score"}).append_column("rank_before", ranks)
+    names = [name for name in found.column_names if name != "rank"]
+    rows = found.select(names).rename_columns({"score": "first_score"})
+    rows = rows.append_column("rank_before", ranks)
     rows = rows.append_column("rerank_score", pa.array(scores, pa.float32()))
     order = pc.sort_indices(
         rows, sort_keys=[("rerank_score", "descending"), ("rank_before", "ascending")]
