@@ -13,13 +13,15 @@ what they should be.
 from __future__ import annotations
 
 import functools
+import signal
 import time
 from collections.abc import Callable, Iterable
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qvl_batch.jobs.checkpoint import Model, RerankModel
+from qvl_batch.api.parity import check_stack
+from qvl_batch.jobs.checkpoint import Model, QwenReranker, RerankModel
 from qvl_batch.jobs.cluster import Pools, choose_pools, connect
 from qvl_batch.jobs.driver import EXIT_OF_SIGNAL, Run, Work
 from qvl_batch.jobs.report import write_certificate
@@ -74,26 +76,37 @@ def run_rerank(
         duration_s=time.monotonic() - started_s,
         exit_code=EXIT_OF_SIGNAL[stopped_by] if stopped_by is not None else 0,
     )
-    if tally.started:
+    if not tally.started:
+        echo("Nothing to do: every query has candidates, every pair a score or a failure.")
+    else:
         write_rerank_report(report, job.target.store.root, job.storage)
     echo(str(report))
     return report
 
 
-def _run(job: RerankJob, tally: Tally, echo: Callable[[str], None]) -> int | None:
+class _Start:
+    """Starts Ray for the first work that there is, once this installation has proved itself."""
+
+    def __init__(self, job: RerankJob, tally: Tally, echo: Callable[[str], None]) -> None:
+        self._job, self._tally, self._echo = job, tally, echo
+        self._pools: Pools | None = None
+
+    def __call__(self) -> Pools:
+        if self._pools is None:
+            job = self._job
+            # It is about the path of Qwen3-VL checkpoints: another model has another path.
+            certificate = check_stack() if isinstance(job.model, QwenReranker) else None
+            self._pools = choose_pools(job.config.pools, connect(job.config.pools.address))
+            self._echo(f"run {job.run_id}: {self._pools}")
+            self._tally.started = True
+            if certificate is not None:
+                write_certificate(certificate, job.run_id, job.target.store.root, job.storage)
+        return self._pools
+
+
+def _run(job: RerankJob, tally: Tally, echo: Callable[[str], None]) -> signal.Signals | None:
     """Run both halves; return the signal that stopped them, if one did."""
-    pools: Pools | None = None
-
-    def started() -> Pools:
-        nonlocal pools
-        if pools is None:
-            pools = choose_pools(job.config.pools, connect(job.config.pools.address))
-            echo(f"run {job.run_id}: {pools}")
-            tally.started = True
-            if job.certificate is not None:
-                write_certificate(job.certificate, job.run_id, job.target.store.root, job.storage)
-        return pools
-
+    started = _Start(job, tally, echo)
     if job.plan.todo.num_rows:
         run = Run(retrieval_work(job, job.plan, started()), echo)
         try:

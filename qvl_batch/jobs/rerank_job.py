@@ -13,8 +13,6 @@ from typing import Any
 import pyarrow as pa
 
 from qvl_batch import schema
-from qvl_batch.api.certificate import Certificate
-from qvl_batch.api.parity import check_stack
 from qvl_batch.config import DEFAULT_QUERY_INSTRUCTION, ModelSection
 from qvl_batch.errors import ConfigError, ModelError, RecipeMismatchError, StorageError
 from qvl_batch.jobs.checkpoint import Model, QwenCheckpoint, QwenReranker, RerankModel
@@ -72,7 +70,6 @@ class RerankJob:
     plan: QueryPlan
     candidates_schemas: dict[str, pa.Schema]
     scores_schemas: dict[str, pa.Schema]
-    certificate: Certificate | None
 
 
 def prepare(
@@ -123,7 +120,6 @@ def prepare(
     target = Target(store=store, collection=collection, partitions=partitions)
     retries = Retries(retry_failed=retry_failed, max_attempts=config.limits.max_attempts)
     plan = plan_queries(target, queries, given, retries)
-    certificate = check_stack() if isinstance(reranker, QwenReranker) else None
     columns = [listed.rows.schema.field(key) for key in listed.partition_by]
     stated = {
         RECIPE: recipe.to_json(),
@@ -153,7 +149,6 @@ def prepare(
             name: schema.scores(columns, stated | _names(SCORES_KIND, target, name))
             for name in partitions
         },
-        certificate=certificate,
     )
 
 

@@ -27,6 +27,11 @@ def candidates_collection(collection: str) -> str:
     return f"{collection}.candidates"
 
 
+def scores_collection(candidates: str) -> str:
+    """Return the scores collection that a collection of candidates belongs to."""
+    return candidates.removesuffix(".candidates")
+
+
 def read_where_in(
     ds: lance.LanceDataset | None, column: str, values: pa.Array, columns: Sequence[str]
 ) -> pa.Table | None:
@@ -99,7 +104,7 @@ def incomplete_queries(candidates: pa.Table, scored: pa.Array, failed: pa.Array)
         pc.is_in(candidates["pair_id"], value_set=scored),
         pc.is_in(candidates["pair_id"], value_set=failed),
     )
-    return pc.unique(candidates.filter(pc.invert(ended))["query_id"]).combine_chunks()
+    return pc.unique(candidates.filter(pc.invert(ended))["query_id"])
 
 
 def set_ranks(
