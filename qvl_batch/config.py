@@ -1,18 +1,11 @@
-"""The configuration file: read, checked as a whole, turned into the rooms' frozen dataclasses.
-
-Every refusal names the key, the value, what is allowed and the nearest valid key, and comes before
-Ray starts.
-"""
+"""The configuration of the embed job, checked as a whole before Ray starts."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from qvl_batch.errors import ConfigError
 from qvl_batch.recipe import (
@@ -23,21 +16,24 @@ from qvl_batch.recipe import (
     Segmentation,
     VideoBudget,
 )
+from qvl_batch.settings import Section, check, read_sections, yaml_lines
 from qvl_batch.storage import Storage
+
+# Stands in every written configuration.
+CREDENTIALS_NOTE = (
+    "# Credentials are never written here: they come from the standard chain (environment,",
+    "# shared credentials file, instance or workload identity).",
+)
 
 DEFAULT_QUERY_INSTRUCTION = "Retrieve images, pages, videos or texts relevant to the user's query."
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class InputSection(_Section):
+class InputSection(Section):
     manifest: str = Field(min_length=1, description="Parquet manifest: a path or an s3:// address")
     limit: int | None = Field(None, ge=1, description="Take only the first N units that are left")
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     root: str = Field(min_length=1, description="LanceDB directory: a path or an s3:// address")
     collection: str = Field("media", min_length=1, description="Tables of one recipe")
     partition_by: list[str] | None = Field(
@@ -46,7 +42,7 @@ class OutputSection(_Section):
     mode: Literal["append"] = Field("append", description="append: skip done units, add the rest")
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     path: str = Field(min_length=1, description="Local folder, hub id, or s3:// folder")
     revision: str | None = Field(None, description="Hub revision (a commit is best)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -60,12 +56,12 @@ class ModelSection(_Section):
     )
 
 
-class ImageSection(_Section):
+class ImageSection(Section):
     min_px: int = Field(ImageBudget.min_px, description="Of a picture; smaller ones are enlarged")
     max_px: int = Field(ImageBudget.max_px, description="Of a picture; larger ones are shrunk")
 
 
-class VideoSection(_Section):
+class VideoSection(Section):
     fps: float = Field(VideoBudget.fps, description="Frames taken a second, at least 4 in all")
     max_frames: int = Field(VideoBudget.max_frames, description="Frames taken at the most")
     min_px: int = Field(VideoBudget.min_px, description="Of one frame")
@@ -73,18 +69,18 @@ class VideoSection(_Section):
     total_px: int = Field(VideoBudget.total_px, description="Of all frames of one video")
 
 
-class DocumentSection(_Section):
+class DocumentSection(Section):
     dpi: int = Field(DocumentBudget.dpi, description="A page is rendered at this, then resized")
     max_pages: int = Field(DocumentBudget.max_pages, description="Longer documents fail")
     min_px: int = Field(DocumentBudget.min_px, description="Of one page")
     max_px: int = Field(DocumentBudget.max_px, description="Of one page")
 
 
-class SegmentationSection(_Section):
+class SegmentationSection(Section):
     video_s: float | None = Field(None, description="Seconds a segment; null: one row a video")
 
 
-class RecipeSection(_Section):
+class RecipeSection(Section):
     instruction: str = Field(DEFAULT_INSTRUCTION, description="System turn of every document")
     max_tokens: int = Field(8192, description="Context of one prompt")
     token_layout: Literal["unnested", "nested"] = Field(
@@ -100,12 +96,12 @@ class RecipeSection(_Section):
     segmentation: SegmentationSection = SegmentationSection()
 
 
-class DecodePool(_Section):
+class DecodePool(Section):
     actors: int | None = Field(None, ge=1, description="null: the CPUs that are left")
     cpus: float = Field(1.0, gt=0, description="CPUs of one actor")
 
 
-class EmbedPool(_Section):
+class EmbedPool(Section):
     actors: int | None = Field(None, ge=1, description="null: one a GPU; without GPUs, one")
     cpus: float = Field(1.0, gt=0, description="CPUs of one actor")
     gpus: float | None = Field(
@@ -123,11 +119,11 @@ class EmbedPool(_Section):
         return value
 
 
-class WritePool(_Section):
+class WritePool(Section):
     tasks: int | None = Field(None, ge=1, description="Writes at a time; null: from the cluster")
 
 
-class PoolsSection(_Section):
+class PoolsSection(Section):
     decode: DecodePool = DecodePool()
     embed: EmbedPool = EmbedPool()
     write: WritePool = WritePool()
@@ -142,12 +138,12 @@ class PoolsSection(_Section):
     )
 
 
-class CommitSection(_Section):
+class CommitSection(Section):
     interval_s: float = Field(60.0, gt=0, description="A kill loses at most this much work")
     fragment_bytes: int = Field(8 * 2**20, ge=2**16, description="Write a fragment at this size")
 
 
-class LimitsSection(_Section):
+class LimitsSection(Section):
     max_failure_rate: float = Field(
         0.5, ge=0, le=1, description="A run with a larger share of failed units ends"
     )
@@ -164,7 +160,7 @@ class LimitsSection(_Section):
     stop_grace_s: float = Field(30.0, ge=0, description="After SIGTERM, for blocks in flight")
 
 
-class StorageSection(_Section):
+class StorageSection(Section):
     endpoint_url: str | None = Field(None, description="S3 endpoint other than Amazon's")
     region: str | None = Field(None, description="S3 region")
     anonymous: bool = Field(False, description="Read public buckets without credentials")
@@ -175,7 +171,7 @@ class StorageSection(_Section):
         )
 
 
-class EmbedConfig(_Section):
+class EmbedConfig(Section):
     """The whole file of the embed job."""
 
     input: InputSection
@@ -214,94 +210,13 @@ class EmbedConfig(_Section):
         )
 
 
-def _valid_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _valid_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _nearest(key: str, model: type[BaseModel]) -> str:
-    valid = _valid_keys(model)
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    if not close:
-        # The right name in the wrong section: compare the last part alone.
-        last = {name.rpartition(".")[2]: name for name in valid}
-        hits = difflib.get_close_matches(key.rpartition(".")[2], list(last), n=1, cutoff=0.6)
-        close = [last[hit] for hit in hits]
-    if close:
-        return f"Did you mean {close[0]}?"
-    parent = key.rpartition(".")[0]
-    siblings = [k for k in valid if k.rpartition(".")[0] == parent] or list(model.model_fields)
-    return f"Valid keys there: {', '.join(siblings)}."
-
-
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    valid = set(_valid_keys(model))
-    lines: list[str] = []
-    allowed: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False):
-        parts = [str(part) for part in item["loc"]]
-        key = ".".join(parts)
-        if item["type"] == "extra_forbidden":
-            lines.append(f"Unknown key {key}. {_nearest(key, model)}")
-            continue
-        if item["type"] == "missing":
-            lines.append(f"Missing key {key}. Give it in the file or with --set {key}=VALUE.")
-            continue
-        # Behind the key stand the place in a list, or which alternative was tried.
-        while parts and ".".join(parts) not in valid:
-            parts.pop()
-        stated = f"{'.'.join(parts)} is {item['input']!r}."
-        wanted = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        if item["type"] == "model_type":
-            wanted = "a section with keys of its own"
-        allowed.setdefault(stated, []).append(wanted)
-    lines += [f"{stated} It should be {' or '.join(wanted)}." for stated, wanted in allowed.items()]
-    return "\n".join(lines)
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """Split ``a.b=value`` into its key parts and its YAML value.
-
-    Raises:
-        ConfigError: If there is no ``=``, an empty key part, or no YAML value.
-    """
-    key, separator, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise ConfigError(f"--set {text!r} is not of the form a.b=value.", "")
-    try:
-        return parts, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: {value!r} is not a YAML value.", "Quote it.") from None
-
-
-def _apply(values: dict[str, Any], parts: list[str], value: object) -> None:
-    for depth, part in enumerate(parts[:-1]):
-        nested = values.setdefault(part, {})
-        if not isinstance(nested, dict):
-            key = ".".join(parts[: depth + 1])
-            raise ConfigError(f"{key} is {nested!r}, not a section.", "")
-        values = nested
-    values[parts[-1]] = value
-
-
 def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> EmbedConfig:
     """Check plain values, as read from YAML, with ``a.b=value`` overrides applied.
 
     Raises:
         ConfigError: Naming every key that is unknown, missing, of a wrong type or out of range.
     """
-    merged = yaml.safe_load(yaml.safe_dump(dict(values)))
-    for text in overrides:
-        _apply(merged, *parse_override(text))
-    try:
-        config = EmbedConfig.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, EmbedConfig)) from None
+    config = check(EmbedConfig, values, overrides)
     config.storage.to_storage()
     # A width that no model reaches stands for the checkpoint that is not read yet.
     config.build_recipe("", model_dim=config.recipe.dim or 2**20)
@@ -314,50 +229,13 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> EmbedConfig:
     Raises:
         ConfigError: If the file can not be read, is no YAML mapping, or does not check.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(
-            f"The configuration {path} can not be read: {reason}.",
-            "`qvl-batch init` writes a commented one.",
-        ) from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise ConfigError(f"{path} is not valid YAML{line}.", "Mend that line.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} holds no sections.", "`qvl-batch init` writes a commented configuration."
-        )
-    return parse_config(values, overrides)
-
-
-def _yaml_lines(model: type[BaseModel], given: Mapping[str, Any], indent: str) -> list[str]:
-    lines = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            lines += [f"{indent}{name}:", *_yaml_lines(kind, given.get(name, {}), indent + "  ")]
-            continue
-        default = None if field.is_required() else field.default
-        value = given.get(name, default)
-        text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
-        text = text.removesuffix("...").strip()
-        choices = get_args(kind) if getattr(kind, "__origin__", None) is Literal else ()
-        notes = [field.description or "", f"one of {', '.join(choices)}" if choices else ""]
-        note = "; ".join(part for part in notes if part)
-        lines.append(f"{indent}{name}: {text}" + (f"  # {note}" if note else ""))
-    return lines
+    return parse_config(read_sections(path, "qvl-batch init"), overrides)
 
 
 def commented_yaml(given: Mapping[str, Any]) -> str:
     """Return a configuration file with every key, its default and what it means."""
     head = [
         "# Configuration of `qvl-batch embed`. Override any key with --set section.key=value.",
-        "# Credentials are never written here: they come from the standard chain (environment,",
-        "# shared credentials file, instance or workload identity).",
+        *CREDENTIALS_NOTE,
     ]
-    return "\n".join([*head, *_yaml_lines(EmbedConfig, given, "")]) + "\n"
+    return "\n".join([*head, *yaml_lines(EmbedConfig, given)]) + "\n"

@@ -171,6 +171,38 @@ class Recipe:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RerankRecipe:
+    """Everything that changes a reranker's score of a pair."""
+
+    model_digest: str
+    instruction: str
+    max_tokens: int = 10_240
+    token_layout: str = "unnested"
+    image: ImageBudget = ImageBudget()
+    video: VideoBudget = VideoBudget()
+    document: DocumentBudget = DocumentBudget()
+    segmentation: Segmentation = Segmentation()
+    preprocessing_version: int = PREPROCESSING_VERSION
+
+    def __post_init__(self) -> None:
+        _require(64 <= self.max_tokens <= 32_768, "max_tokens", self.max_tokens, "64 to 32768")
+        _require(
+            self.token_layout in TOKEN_LAYOUTS,
+            "token_layout",
+            self.token_layout,
+            " or ".join(TOKEN_LAYOUTS),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def recipe_id(self) -> str:
+        """blake2b-128 hex of the canonical JSON."""
+        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, our value, their value) for every leaf that differs, sorted by key."""
 

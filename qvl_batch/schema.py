@@ -118,6 +118,22 @@ DATA_FILE = pa.struct(
     ]
 )
 
+INDEX_STATE = pa.struct(
+    [
+        pa.field("column", pa.string()),
+        pa.field("name", pa.string()),
+        # Version of the table that the recall was measured on, and the rows indexed there.
+        pa.field("version", pa.int64()),
+        pa.field("num_rows", pa.int64()),
+        pa.field("nprobes", pa.int32()),
+        pa.field("shortlist", pa.int32()),
+        # Share of the top k of an exhaustive scan of the same columns that the index finds.
+        pa.field("recall", pa.float64()),
+        pa.field("recall_k", pa.int32()),
+        pa.field("num_queries", pa.int32()),
+    ]
+)
+
 CATALOG = pa.schema(
     [
         pa.field("table", pa.string(), nullable=False, metadata=PRIMARY_KEY),
@@ -131,11 +147,55 @@ CATALOG = pa.schema(
         pa.field("recipe_id", pa.string(), nullable=False),
         pa.field("recipe", pa.string(), nullable=False),
         pa.field("run_id", pa.string(), nullable=False),
+        # ``none``, or the indexes of the table as ``column:type`` joined by commas.
         pa.field("index_state", pa.string(), nullable=False),
+        # The published index: search uses it with these settings, and not at all if they are null.
+        pa.field("index", INDEX_STATE),
         pa.field("files", pa.list_(DATA_FILE), nullable=False),
         pa.field("updated_at", UTC_TIME, nullable=False),
     ],
     metadata={b"qvl.schema_version": str(SCHEMA_VERSION).encode()},
+)
+
+# Readers ask for an alias; one commit to this table makes it stand for another collection.
+ALIASES = pa.schema(
+    [
+        pa.field("alias", pa.string(), nullable=False, metadata=PRIMARY_KEY),
+        pa.field("collection", pa.string(), nullable=False),
+        pa.field("updated_at", UTC_TIME, nullable=False),
+    ],
+    metadata={b"qvl.schema_version": str(SCHEMA_VERSION).encode()},
+)
+
+# Queries of a rerank job. ``image`` and ``video`` are addresses; at least one of text, image and
+# video is there. Further columns may be partition columns of the scores.
+QUERIES = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("text", pa.string()),
+        pa.field("image", pa.string()),
+        pa.field("video", pa.string()),
+        pa.field("instruction", pa.string()),
+    ]
+)
+
+# Where a row that was found lies, and what is needed to fetch its medium again.
+FOUND_ROW = (
+    pa.field("row_id", pa.string(), nullable=False),
+    pa.field("unit_id", pa.string(), nullable=False),
+    pa.field("media_id", pa.string(), nullable=False),
+    # The table that holds the row.
+    pa.field("table", pa.string(), nullable=False),
+    pa.field("uri", pa.string()),
+    pa.field("etag", pa.string()),
+    pa.field("byte_offset", pa.int64()),
+    pa.field("byte_length", pa.int64()),
+    pa.field("kind", pa.string(), nullable=False),
+    pa.field("segment", pa.int32(), nullable=False),
+    pa.field("page", pa.int32()),
+    pa.field("start_s", pa.float64()),
+    pa.field("end_s", pa.float64()),
+    pa.field("text", pa.string()),
 )
 
 # Names that a manifest's own columns may not take.
@@ -208,6 +268,8 @@ def table_rows(
             pa.field("media_id", pa.string(), nullable=False),
             pa.field("uri", pa.string()),
             pa.field("etag", pa.string()),
+            pa.field("byte_offset", pa.int64()),
+            pa.field("byte_length", pa.int64()),
             pa.field("kind", pa.string(), nullable=False),
             pa.field("segment", pa.int32(), nullable=False),
             pa.field("num_segments", pa.int32(), nullable=False),
@@ -224,6 +286,52 @@ def table_rows(
             *vector_fields(recipe),
             pa.field("run_id", pa.string(), nullable=False),
             pa.field("embedded_at", UTC_TIME, nullable=False),
+        ],
+        metadata={key.encode(): value.encode() for key, value in stated.items()},
+    )
+
+
+def candidates(query_columns: Iterable[pa.Field], metadata: dict[str, str]) -> pa.Schema:
+    """Return the schema of a candidates table: one row a (query, row) pair.
+
+    Args:
+        query_columns: The queries' partition columns.
+        metadata: ``qvl.*`` entries: collection, partition, the first stage's recipe and settings.
+    """
+    return _pairs(query_columns, metadata, [])
+
+
+def scores(query_columns: Iterable[pa.Field], metadata: dict[str, str]) -> pa.Schema:
+    """Return the schema of a scores table: a candidate with what the reranker says of it.
+
+    ``rank_after`` (from 1, within the query) is null until every candidate of the query has its
+    score or its failure; a failed pair has no row.
+    """
+    scored = [
+        pa.field("rerank_score", pa.float32(), nullable=False),
+        pa.field("rank_after", pa.int32()),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+    ]
+    return _pairs(query_columns, metadata, scored)
+
+
+def _pairs(
+    query_columns: Iterable[pa.Field], metadata: dict[str, str], scored: list[pa.Field]
+) -> pa.Schema:
+    stated = {"qvl.schema_version": str(SCHEMA_VERSION)} | metadata
+    return pa.schema(
+        [
+            pa.field("pair_id", pa.string(), nullable=False, metadata=PRIMARY_KEY),
+            pa.field("query_id", pa.string(), nullable=False),
+            *FOUND_ROW,
+            pa.field("first_score", pa.float32()),
+            # From 1, within the query.
+            pa.field("rank_before", pa.int32(), nullable=False),
+            *scored,
+            *query_columns,
+            pa.field("run_id", pa.string(), nullable=False),
+            pa.field("made_at", UTC_TIME, nullable=False),
         ],
         metadata={key.encode(): value.encode() for key, value in stated.items()},
     )

@@ -17,9 +17,12 @@ Kind = Literal["text", "image", "document", "video", "mixed"]
 KINDS: tuple[str, ...] = ("text", "image", "document", "video", "mixed")
 
 
+# Made once: `json.dumps` makes one a call, which is most of the time that an id takes.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _hash(parts: list[object]) -> str:
-    payload = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
-    return hashlib.blake2b(payload, digest_size=16).hexdigest()
+    return hashlib.blake2b(_encode(parts).encode(), digest_size=16).hexdigest()
 
 
 def media_id(
@@ -48,6 +51,18 @@ def unit_id(media: str, etag: str | None) -> str:
 def row_id(unit: str, segment: int) -> str:
     """Return ``{unit_id}:{segment}``, the key of one vector."""
     return f"{unit}:{segment}"
+
+
+def query_id(
+    text: str | None, image: str | None, video: str | None, instruction: str | None
+) -> str:
+    """Return the blake2b-128 hex of what a query is: for queries that bring no id of their own."""
+    return _hash(["query", text, image, video, instruction])
+
+
+def pair_id(query: str, row: str) -> str:
+    """Return the blake2b-128 hex of (query_id, row_id), the key of one score."""
+    return _hash(["pair", query, row])
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,7 @@ def _row(
         "recipe": recipe.to_json() if recipe else "",
         "run_id": run_id,
         "index_state": index_state(dataset),
+        "index": None,
         "files": _files(store, name, dataset, known),
         "updated_at": datetime.now(UTC),
     }

@@ -53,6 +53,7 @@ def test_one_row_a_table_with_what_is_true_now(any_store) -> None:
             "recipe": rows.recipe().to_json(),
             "run_id": run,
             "index_state": "none",
+            "index": None,
             "files": files,
         }
 
