@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedModel
 
 from qvl_batch.errors import BadVectorError, ModelError, UnitError
 from qvl_batch.model.attention import kernel_name
@@ -40,6 +41,8 @@ class EmbedEngine:
             tower; ``auto``: by the device's free memory.
         threads: Torch's CPU threads in this process; None leaves them.
         hard_limit_tokens: Treat longer forward passes as out of memory.
+        model: From ``prepare_model``, with its own device and type: the folder's weights are not
+            read, and need not be there.
 
     Raises:
         ModelError: If the checkpoint can not be used or is smaller than ``dim``.
@@ -59,6 +62,7 @@ class EmbedEngine:
         batch_tokens: int | Literal["auto"] = "auto",
         threads: int | None = None,
         hard_limit_tokens: int | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
         folder = Path(folder)
         self.full_dim = full_dim(folder)
@@ -78,8 +82,9 @@ class EmbedEngine:
             token_layout=token_layout,
         )
         self.tokenizer.require_endoftext()
-        chosen = choose_device(device)
-        model = load_checkpoint(folder, dtype=choose_dtype(dtype, chosen), device=chosen)
+        if model is None:
+            chosen = choose_device(device)
+            model = load_checkpoint(folder, dtype=choose_dtype(dtype, chosen), device=chosen)
         self._packed = PackedModel(
             model, batch_tokens=batch_tokens, hard_limit_tokens=hard_limit_tokens
         )
