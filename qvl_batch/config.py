@@ -158,6 +158,12 @@ class LimitsSection(Section):
         100, ge=1, description="Units to finish before the failure rate counts"
     )
     max_attempts: int = Field(3, ge=1, description="Runs that may retry a passing failure")
+    max_worker_deaths: int = Field(
+        3, ge=2, description="Workers that may die on a unit before it counts as failed"
+    )
+    no_progress_s: float = Field(
+        1800.0, gt=0, description="A run that delivers nothing for so long ends"
+    )
     decode_timeout_s: float = Field(120.0, gt=0, description="Decoding of one unit")
     decode_memory_bytes: int = Field(2 * 2**30, ge=2**28, description="Of one decoding process")
     max_object_bytes: int = Field(4 * 2**30, ge=1, description="Larger objects fail")

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from qvl_batch.config import CommitSection, LimitsSection
-from qvl_batch.errors import InvariantBrokenError
+from qvl_batch.errors import InvariantBrokenError, RunFailedError
 from qvl_batch.jobs.commit_loop import CommitLoop, Tables
 from qvl_batch.jobs.control import RunControl, cause_of
 from qvl_batch.jobs.modes import Appending, Target
@@ -173,6 +173,7 @@ class Run:
         """Feed the loop until the last block; return False if a signal ended it earlier."""
         begun: list[int] | None = None
         stop_at_s = 0.0
+        moved_s = time.monotonic()
         while True:
             item = self._next_block()
             if item is None:
@@ -181,6 +182,14 @@ class Run:
                 raise ray.get(self._control.error.remote()) or cause_of(item) from item
             if item is not _NOTHING_YET:
                 self.loop.add(*item)
+                moved_s = time.monotonic()
+            elif time.monotonic() - moved_s > self._work.limits.no_progress_s:
+                self.loop.finish()
+                raise RunFailedError(
+                    f"Nothing came for {self._work.limits.no_progress_s:g} s "
+                    "(limits.no_progress_s). What is done is committed; look at the cluster's "
+                    "nodes and logs, then run this again."
+                )
             self.loop.poll()
             self._progress.update(self.loop.counts)
             if self._signal is None:

@@ -25,7 +25,7 @@ from qvl_batch.errors import QvlError
 from qvl_batch.jobs.checkpoint import Model
 from qvl_batch.jobs.cluster import Pools, choose_pools, connect
 from qvl_batch.jobs.commit_loop import Counts
-from qvl_batch.jobs.control import Load, MayStart
+from qvl_batch.jobs.control import ControlAttempts, Load, MayStart
 from qvl_batch.jobs.driver import EXIT_OF_SIGNAL, Run, Work
 from qvl_batch.jobs.embed_job import EmbedJob, prepare
 from qvl_batch.jobs.graph import from_blocks, on_cpus, on_gpus
@@ -159,8 +159,12 @@ def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:
         resize=job.model.resize,
         load_counter=Load(job.model, job.recipe, "load_counter", control),
         may_start=MayStart(control),
+        attempts=ControlAttempts(control),
+        max_deaths=job.config.limits.max_worker_deaths,
     )
     rows = from_blocks(cut_blocks(job.plan.todo, per_block))
     rows = on_cpus(rows, DecodingWorker, decode, pools)
-    rows = on_gpus(rows, EmbedMedia, (Load(job.model, job.recipe, "load_engine", control),), pools)
+    load = Load(job.model, job.recipe, "load_engine", control)
+    deaths = ControlAttempts(control), job.config.limits.max_worker_deaths
+    rows = on_gpus(rows, EmbedMedia, (load, *deaths), pools)
     return rows.iter_internal_ref_bundles()
