@@ -67,7 +67,7 @@ class DecodeMedia:
     resize: str
     load_counter: Callable[[], CountTokens]
     may_start: Callable[[int], bool] = lambda _: True
-    attempts: Attempts = NoAttempts()
+    attempts: Attempts = field(default_factory=NoAttempts)
     max_deaths: int = 3
 
     def open(self) -> DecodingWorker:

@@ -33,7 +33,7 @@ from qvl_batch.recipe import Recipe
 from qvl_batch.tables import catalog
 
 DIM = 16
-_POOLS = Pools(
+POOLS = Pools(
     decode_actors=1, decode_cpus=1, embed_actors=1, embed_cpus=1, embed_gpus=0, write_tasks=2
 )
 _FAILURE = {
@@ -65,13 +65,13 @@ class HashModel:
         raise NotImplementedError("the plain driver embeds by itself")
 
 
-def embedded(units: pa.Table) -> pa.Table:
+def unit_rows(units: pa.Table, dim: int = DIM) -> pa.Table:
     """Return `schema.embedded` of units: what EmbedMedia would deliver."""
     rows, failures = [], []
     for uri, unit in zip(units["uri"].to_pylist(), units["unit_id"].to_pylist(), strict=True):
         is_bad = uri.endswith("bad")
         failures.append(_FAILURE if is_bad else None)
-        rows.append([] if is_bad else [_row(unit)])
+        rows.append([] if is_bad else [_row(unit, dim)])
     return (
         units.append_column(
             pa.field("_rows", pa.list_(schema.ROW)), pa.array(rows, pa.list_(schema.ROW))
@@ -81,8 +81,8 @@ def embedded(units: pa.Table) -> pa.Table:
     )
 
 
-def _row(unit: str) -> dict[str, Any]:
-    values = np.frombuffer(hashlib.sha256(unit.encode()).digest()[:DIM], np.int8)
+def _row(unit: str, dim: int) -> dict[str, Any]:
+    values = np.frombuffer(hashlib.shake_128(unit.encode()).digest(dim), np.int8)
     return {
         "segment": 0,
         "num_segments": 1,
@@ -116,7 +116,7 @@ def run(config: EmbedConfig) -> int:
     """Run the job once; return how many units were embedded."""
     with contextlib.ExitStack() as held:
         job = prepare(config, held, model=HashModel())
-        work = work_of(job, _POOLS)
+        work = work_of(job, POOLS)
         job.remove_left_over()
         loop = CommitLoop(
             num_units=work.num_ordinals,
@@ -130,7 +130,7 @@ def run(config: EmbedConfig) -> int:
             failure_rate_after_units=100,
         )
         for block in cut_blocks(job.plan.todo, {"image": config.pools.units_per_block or 8}):
-            loop.add(embedded(block), block.nbytes)
+            loop.add(unit_rows(block), block.nbytes)
             loop.flush()
             loop.poll()
         loop.finish()
