@@ -35,7 +35,7 @@ ATTEMPTS = 20
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 # Operations after which the rows that this run planned with may be others.
-_CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore")
+CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore")
 
 Commit = Callable[[TableStore, str, lance.Transaction], int]
 
@@ -191,6 +191,19 @@ def stamps_since(
     return [known[v] for v in range(since + 1, latest.version + 1) if v in known]
 
 
+def latest_rows_stamp(store: TableStore, table: str, latest: lance.LanceDataset) -> Stamp | None:
+    """Return the stamp of the latest commit that put rows there; None if cleaning removed it."""
+    for version in range(latest.version, 0, -1):
+        known = store.stamps.setdefault(table, {})
+        stamp = known[version] if version in known else _read_stamp(latest, version)
+        if stamp is None:
+            return None
+        known[version] = stamp
+        if stamp.operation in CONTENT_OPERATIONS:
+            return stamp
+    return None
+
+
 def check_files(store: TableStore, table: str, fragments: Iterable[WrittenFragment]) -> None:
     """Refuse fragments of which a file is missing or cut: Lance would commit them.
 
@@ -223,6 +236,11 @@ def _read_stamp(dataset: lance.LanceDataset, version: int) -> Stamp | None:
         if "was not found" in str(error):
             return None
         raise
+    except TypeError as error:
+        # pylance 14.0.2 can not show the Rewrite of a compaction that carried an index over.
+        if "RewrittenIndex" in str(error):
+            return Stamp(version, "Rewrite", None, None)
+        raise
     if transaction is None:
         return Stamp(version, "", None, None)
     properties = transaction.transaction_properties or {}
@@ -239,7 +257,7 @@ def _find(stamps: Iterable[Stamp], table: str, marker: str) -> int | None:
 
 def _refuse_other_runs(stamps: Iterable[Stamp], table: str, run_id: str) -> None:
     for stamp in stamps:
-        if stamp.operation in _CONTENT_OPERATIONS and stamp.run_id != run_id:
+        if stamp.operation in CONTENT_OPERATIONS and stamp.run_id != run_id:
             raise LeaseHeldError(table, stamp.run_id or "unknown")
 
 
