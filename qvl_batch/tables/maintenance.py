@@ -244,8 +244,8 @@ def gc(
     was not finished. Ages are differences of two times that the store itself gave.
 
     Args:
-        older_than: Must be longer than a run may hold files that it has not committed, and than a
-            reader stays with one version.
+        older_than: Must be longer than a run holds files that it has not committed, and than a
+            reader stays with one version. While a run writes to the table it is 7 days at least.
         dry_run: Remove nothing, only say what would be.
 
     Raises:
@@ -253,6 +253,8 @@ def gc(
     """
     dataset = _open(store, table)
     try:
+        if live_writer(store, table, dataset) is not None:
+            older_than = max(older_than, LONGEST_RUN)
         oldest = clock(store) - older_than
         modified = _modified(store, table)
         dead = _unreferenced(dataset, _old_versions(dataset, modified, oldest), oldest, modified)

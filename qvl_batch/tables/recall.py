@@ -45,8 +45,9 @@ def measure(
 
     Queries are rows of the table with noise; the row itself does not count as a find. What an
     index of ``vector_bits`` finds is compared after rescoring, as `search` does it, with the same
-    search without the index. For an index of ``vector`` the shortlist is what Lance refines: it
-    grows from a quarter of ``shortlist`` where all allowed probes do not suffice.
+    search without the index. For an index of ``vector`` the shortlist is what Lance refines; it
+    is a quarter of ``shortlist``, then all of it, then four times that, where all allowed probes
+    do not suffice.
 
     Args:
         column: ``vector_bits`` or ``vector``.
@@ -59,14 +60,14 @@ def measure(
     k = RECALL_K
     tables = {table: dataset}
     exact = search(tables, queries, k + 1, shortlist=max(shortlist, k + 1))
-    shortlists = [shortlist] if column == "vector_bits" else [shortlist // 4, shortlist]
+    shortlists = (
+        [shortlist] if column == "vector_bits" else [shortlist // 4, shortlist, 4 * shortlist]
+    )
     ladder = []
     for length in shortlists:
         for nprobes in probes_up_to(allowed_nprobes):
-            if column == "vector_bits":
-                found = search(
-                    tables, queries, k + 1, shortlist=length, nprobes={table: nprobes}
-                )
+            if by_bits:
+                found = search(tables, queries, k + 1, shortlist=length, nprobes={table: nprobes})
             else:
                 found = _nearest_floats(dataset, queries, k + 1, length, nprobes)
             share = recall_at_k(exact, found, own, k)
