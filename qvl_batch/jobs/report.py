@@ -13,7 +13,8 @@ from qvl_batch.jobs.plan import Plan
 from qvl_batch.media.objects import explained
 from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage, is_local, join
-from qvl_batch.tables.layout import RUNS_FOLDER
+
+REPORTS_FOLDER = "_qvl_runs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ class RunReport:
 
 def write_report(report: RunReport, root: str, storage: Storage) -> str:
     """Write ``_qvl_runs/{run_id}.json`` under the root and return its address."""
-    return _write(join(root, RUNS_FOLDER, f"{report.run_id}.json"), report.to_json(), storage)
+    return _write(join(root, REPORTS_FOLDER, f"{report.run_id}.json"), report.to_json(), storage)
 
 
 def write_certificate(certificate: Certificate, run_id: str, root: str, storage: Storage) -> str:
@@ -105,7 +106,7 @@ def write_certificate(certificate: Certificate, run_id: str, root: str, storage:
 
     The file's sha256 is the certificate's, which tables made in that run state.
     """
-    uri = join(root, RUNS_FOLDER, f"{run_id}.certificate.json")
+    uri = join(root, REPORTS_FOLDER, f"{run_id}.certificate.json")
     return _write(uri, certificate.to_json(), storage)
 
 

@@ -14,8 +14,6 @@ Partition = tuple[tuple[str, str | None], ...]
 
 FAILURES_TABLE = "_qvl_failures"
 CATALOG_TABLE = "_qvl_catalog"
-# Accounts of runs, one file a run that ended in good order.
-RUNS_FOLDER = "_qvl_runs"
 
 # Schema metadata of a partition's table, beside the recipe's.
 COLLECTION_METADATA = "qvl.collection"

@@ -7,8 +7,7 @@ kept version refers to and what is older than any run lasts.
 
 from __future__ import annotations
 
-import contextlib
-import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,21 +19,18 @@ from lance.file import LanceFileSession
 from lance.optimize import Compaction, RewriteResult
 
 from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, RunFailedError, StorageError
-from qvl_batch.storage import join
 from qvl_batch.tables import catalog
-from qvl_batch.tables.commit import CONTENT_OPERATIONS, latest_rows_stamp, stamps_since
+from qvl_batch.tables.commit import CONTENT_OPERATIONS, stamps_since
 from qvl_batch.tables.fragments import DataFileRecord, data_path, sha256_of
-from qvl_batch.tables.layout import RUNS_FOLDER
+from qvl_batch.tables.lease import TTL_S, Leases, holders, lease_place
 from qvl_batch.tables.ledger import table_collection
+from qvl_batch.tables.rewrite import fence
 from qvl_batch.tables.store import TableStore, storage_error
 
 # One fragment a million rows: Lance's own target, and about 1.2 GB at 1,024 dimensions.
 TARGET_ROWS = 1_048_576
-# A run commits every minute or so. Without a report and silent for this long, it is dead.
-QUIET_S = 900.0
 LONGEST_RUN = timedelta(days=7)
 
-_CLOCK_PROBE = "_qvl_clock_probe"
 # No version is that old: nothing but unreferenced files is asked for.
 _NO_VERSION = timedelta(days=36_500)
 _MANY_FILES = 10_000_000
@@ -57,7 +53,7 @@ def compact(
     table: str,
     *,
     target_rows: int = TARGET_ROWS,
-    quiet_s: float = QUIET_S,
+    steal: bool = False,
     commit: CommitCompaction = Compaction.commit,
 ) -> Compacted:
     """Write a table's small fragments anew as large ones, in the same order of rows.
@@ -67,29 +63,45 @@ def compact(
     go to the catalog as known, or as ``recomputed`` if a source was not known itself. Indexes stay
     valid: Lance carries them over to the new row addresses in the same commit.
 
+    The table's lease is held meanwhile. Tables that all runs share (``_qvl_…``) have none: Lance
+    lets their appends and a compaction pass each other.
+
     Args:
         target_rows: Rows of a fragment that is large enough.
-        quiet_s: A run that has written no report counts as alive for this long after its latest
-            commit to this table.
+        steal: Take the table from a run that was killed before its lease expires.
         commit: Makes the rewritten fragments visible; for tests.
 
     Raises:
-        LeaseHeldError: If a run may be writing to the table, or did while this worked. The table
-            is as it was.
+        LeaseHeldError: If a run is writing to the table, or did while this worked. The table is as
+            that left it.
         InvariantBrokenError: If a source file is not what the catalog says, or rows got lost.
         RunFailedError: If other maintenance was faster. The table is as that left it.
         StorageError: If there is no such table, or it can not be read or written.
     """
+    _open(store, table)
+    if table.startswith("_"):
+        return _compact(store, table, target_rows, commit, None)
+    run_id = f"compact-{uuid.uuid4().hex[:8]}"
+    with Leases(lease_place(store.root, store.storage), run_id) as leases:
+        for taken in leases.acquire([table], steal=steal):
+            fence(store, taken, run_id=run_id)
+        return _compact(store, table, target_rows, commit, leases)
+
+
+def _compact(
+    store: TableStore,
+    table: str,
+    target_rows: int,
+    commit: CommitCompaction,
+    leases: Leases | None,
+) -> Compacted:
     dataset = _open(store, table)
     try:
-        writer = live_writer(store, table, dataset, quiet_s)
-        if writer is not None:
-            raise LeaseHeldError(table, writer)
         before = len(dataset.get_fragments())
         plan = Compaction.plan(dataset, {"target_rows_per_fragment": target_rows})
         known: list[DataFileRecord] = []
         if plan.num_tasks():
-            known = _rewrite(store, table, dataset, plan.tasks, commit)
+            known = _rewrite(store, table, dataset, plan.tasks, commit, leases)
         latest = _open(store, table)
         if table_collection(latest) and _catalogued_version(store, table) != latest.version:
             catalog.refresh(store, [table], {table: known}, run_id=None)
@@ -103,25 +115,6 @@ def compact(
     )
 
 
-def live_writer(
-    store: TableStore, table: str, dataset: lance.LanceDataset, quiet_s: float = QUIET_S
-) -> str | None:
-    """Return the id of the run that may still be writing to a table, or None.
-
-    That is the run of the latest commit of rows, unless it has written its report or that commit
-    is older than ``quiet_s``. A run that has not committed here yet is not seen.
-    """
-    stamp = latest_rows_stamp(store, table, dataset)
-    if stamp is None or stamp.run_id is None:
-        return None
-    written_at = dataset.checkout_version(stamp.version).get_version()["timestamp"]
-    if time.time() - written_at.timestamp() > quiet_s:
-        return None
-    root = LanceFileSession(store.root, storage_options=store.options)
-    reported = root.contains(join(RUNS_FOLDER, f"{stamp.run_id}.json"))
-    return None if reported else stamp.run_id
-
-
 def _catalogued_version(store: TableStore, table: str) -> int | None:
     row = catalog.row_of(store, table, ["version"])
     return row["version"] if row else None
@@ -133,6 +126,7 @@ def _rewrite(
     dataset: lance.LanceDataset,
     tasks: Sequence[Any],
     commit: CommitCompaction,
+    leases: Leases | None,
 ) -> list[DataFileRecord]:
     """Rewrite and commit; return the records of the new files."""
     files = store.files(table)
@@ -160,16 +154,14 @@ def _rewrite(
                     )
                 )
     added = {record["path"] for record in known}
-    latest = _open(store, table)
-    others = [
-        stamp
-        for stamp in stamps_since(store, table, latest, dataset.version)
-        if stamp.operation in CONTENT_OPERATIONS
-    ]
-    if others:
-        for path in added:
-            files.delete_file(path)
-        raise LeaseHeldError(table, others[-1].run_id or "unknown")
+    if leases is not None:
+        leases.confirm(table)
+        stamps = stamps_since(store, table, _open(store, table), dataset.version)
+        others = [stamp for stamp in stamps if stamp.operation in CONTENT_OPERATIONS]
+        if others:
+            for path in added:
+                files.delete_file(path)
+            raise LeaseHeldError(table, others[-1].run_id or "unknown")
     try:
         commit(dataset, results)
     except (ValueError, OSError, RuntimeError) as error:
@@ -253,9 +245,10 @@ def gc(
     """
     dataset = _open(store, table)
     try:
-        if live_writer(store, table, dataset) is not None:
+        place = lease_place(store.root, store.storage)
+        if any(holder.table == table and holder.is_live(TTL_S) for holder in holders(place)):
             older_than = max(older_than, LONGEST_RUN)
-        oldest = clock(store) - older_than
+        oldest = place.now() - older_than
         modified = _modified(store, table)
         dead = _unreferenced(dataset, _old_versions(dataset, modified, oldest), oldest, modified)
         if not dry_run:
@@ -266,20 +259,6 @@ def gc(
     return Collected(
         table=table, versions=tuple(sorted(v for v in versions if v)), files=tuple(dead)
     )
-
-
-def clock(store: TableStore) -> datetime:
-    """Return the time by the store's own clock, aware: that of a small file written just now."""
-    uri = join(store.root, _CLOCK_PROBE)
-    fs = store.storage.filesystem(uri)
-    path = fs._strip_protocol(uri)
-    fs.pipe_file(path, b"qvl")
-    fs.invalidate_cache()
-    now = fs.modified(path)
-    # Two at once share the probe: the other one may have removed it.
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(path)
-    return now
 
 
 def _old_versions(

@@ -60,9 +60,8 @@ def measure(
     k = RECALL_K
     tables = {table: dataset}
     exact = search(tables, queries, k + 1, shortlist=max(shortlist, k + 1))
-    shortlists = (
-        [shortlist] if column == "vector_bits" else [shortlist // 4, shortlist, 4 * shortlist]
-    )
+    by_bits = column == "vector_bits"
+    shortlists = [shortlist] if by_bits else [shortlist // 4, shortlist, 4 * shortlist]
     ladder = []
     for length in shortlists:
         for nprobes in probes_up_to(allowed_nprobes):

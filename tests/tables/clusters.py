@@ -88,11 +88,3 @@ def add(
     written = fragments.write_fragments(store.root, store.storage, name, new)
     commit.append(store, name, written, marker=f"{name}:{seed}", run_id=run_id)
     return [file for fragment in written for file in fragment["files"]]
-
-
-def end_run(store: TableStore, run_id: str = "run-0") -> None:
-    """Leave what a run leaves that ended in good order."""
-    uri = f"{store.root}/_qvl_runs/{run_id}.json"
-    fs = store.storage.filesystem(uri)
-    fs.makedirs(fs._parent(uri), exist_ok=True)
-    fs.pipe_file(fs._strip_protocol(uri), b"{}")

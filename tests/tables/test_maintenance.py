@@ -14,6 +14,7 @@ from qvl_batch.storage import is_local
 from qvl_batch.tables import catalog, commit, fragments, index, maintenance
 from qvl_batch.tables.check import check_table
 from qvl_batch.tables.index import IndexRules
+from qvl_batch.tables.lease import Leases, lease_place
 from qvl_batch.tables.ledger import done_units
 from qvl_batch.tables.recall import sample_queries
 from qvl_batch.tables.search import search
@@ -48,7 +49,6 @@ def let_time_pass(store) -> None:
 
 def test_fewer_files_with_the_same_rows_in_the_same_order(any_store) -> None:
     clusters.make(any_store, NAME, [300, 200, 100])
-    clusters.end_run(any_store)
     before = any_store.open(NAME).to_table()
     done = maintenance.compact(any_store, NAME)
     assert (done.fragments_before, done.fragments_after, done.num_rows) == (3, 1, 600)
@@ -64,7 +64,6 @@ def test_new_files_are_in_the_catalog_as_known(store) -> None:
     clusters.make(store, NAME, [])
     known = [file for seed in range(3) for file in clusters.add(store, NAME, 100, seed=seed)]
     catalog.refresh(store, [NAME], {NAME: known}, run_id="run-0")
-    clusters.end_run(store)
     maintenance.compact(store, NAME)
     row = catalog.row_of(store, NAME, ["files", "version", "run_id", "num_units"])
     (file,) = row["files"]
@@ -77,7 +76,6 @@ def test_new_files_are_in_the_catalog_as_known(store) -> None:
 
 def test_files_made_of_unknown_ones_are_marked(store) -> None:
     clusters.make(store, NAME, [100, 100])
-    clusters.end_run(store)
     maintenance.compact(store, NAME)
     (file,) = catalog.row_of(store, NAME, ["files"])["files"]
     assert file["recomputed"]
@@ -87,7 +85,6 @@ def test_a_damaged_file_is_not_laundered(store) -> None:
     clusters.make(store, NAME, [])
     known = [file for seed in range(2) for file in clusters.add(store, NAME, 100, seed=seed)]
     catalog.refresh(store, [NAME], {NAME: known}, run_id="run-0")
-    clusters.end_run(store)
     path = Path(store.root, f"{NAME}.lance", known[1]["path"])
     content = bytearray(path.read_bytes())
     content[100] ^= 1
@@ -100,7 +97,6 @@ def test_a_damaged_file_is_not_laundered(store) -> None:
 
 def test_an_index_stays_valid_and_published(any_store) -> None:
     clusters.make(any_store, NAME, [2000, 2000])
-    clusters.end_run(any_store)
     index.publish(any_store, index.refresh_index(any_store, NAME, RULES))
     clusters.add(any_store, NAME, 100, seed=9)
     state = catalog.row_of(any_store, NAME, ["index"])["index"]
@@ -121,7 +117,6 @@ def test_an_index_stays_valid_and_published(any_store) -> None:
 def test_a_run_goes_on_after_a_compaction_of_its_indexed_table(any_store) -> None:
     # It looks for its marker in every version since its plan, those of maintenance among them.
     clusters.make(any_store, NAME, [2000, 2000])
-    clusters.end_run(any_store)
     planned = any_store.open(NAME).version
     index.refresh_index(any_store, NAME, RULES)
     maintenance.compact(any_store, NAME)
@@ -139,33 +134,34 @@ def test_a_run_goes_on_after_a_compaction_of_its_indexed_table(any_store) -> Non
     sound(any_store, 4010)
 
 
-def test_a_table_that_is_being_written_is_left_alone(store) -> None:
-    clusters.make(store, NAME, [100, 100])
-    version = store.open(NAME).version
-    with pytest.raises(LeaseHeldError, match="run-0"):
-        maintenance.compact(store, NAME)
-    assert store.open(NAME).version == version
-    # A run that died is forgotten after a while, one that ended at once.
-    assert maintenance.live_writer(store, NAME, store.open(NAME), quiet_s=0) is None
-    clusters.end_run(store)
-    assert maintenance.live_writer(store, NAME, store.open(NAME)) is None
-    assert maintenance.compact(store, NAME).fragments_after == 1
+def test_a_table_that_is_being_written_is_left_alone(any_store) -> None:
+    clusters.make(any_store, NAME, [100, 100])
+    version = any_store.open(NAME).version
+    place = lease_place(any_store.root, any_store.storage)
+    with Leases(place, "run-0") as leases:
+        leases.acquire([NAME])
+        with pytest.raises(LeaseHeldError, match="run-0"):
+            maintenance.compact(any_store, NAME)
+    assert any_store.open(NAME).version == version
+    assert maintenance.compact(any_store, NAME).fragments_after == 1
+    with Leases(place, "run-1") as leases:
+        assert leases.acquire([NAME]) == [], "the compaction gave the lease back"
 
 
 def test_rows_that_come_while_it_works_win(any_store) -> None:
+    # From a driver that holds no lease, or lost it.
     clusters.make(any_store, NAME, [100, 100])
-    clusters.end_run(any_store)
     before = paths(any_store)
     other = type(any_store)(any_store.root, any_store.storage)
-
-    def late(dataset, results):
-        raise AssertionError("must not get here")
-
-    opened = any_store.open(NAME)
-    tasks = maintenance.Compaction.plan(opened, {"target_rows_per_fragment": 1000}).tasks
+    dataset = any_store.open(NAME)
+    tasks = maintenance.Compaction.plan(dataset, {}).tasks
     clusters.add(other, NAME, 50, seed=9, run_id="run-1")
-    with pytest.raises(LeaseHeldError, match="run-1"):
-        maintenance._rewrite(any_store, NAME, opened, tasks, late)
+    with Leases(lease_place(any_store.root, any_store.storage), "compact-0") as leases:
+        leases.acquire([NAME])
+        with pytest.raises(LeaseHeldError, match="run-1"):
+            maintenance._rewrite(
+                any_store, NAME, dataset, tasks, maintenance.Compaction.commit, leases
+            )
     sound(any_store, 250)
     # Nothing is left behind.
     added = paths(any_store) - before
@@ -174,7 +170,6 @@ def test_rows_that_come_while_it_works_win(any_store) -> None:
 
 def test_a_commit_in_the_last_moment_harms_nothing(any_store) -> None:
     clusters.make(any_store, NAME, [100, 100])
-    clusters.end_run(any_store)
     other = type(any_store)(any_store.root, any_store.storage)
 
     def after_an_append(dataset, results):
@@ -188,7 +183,6 @@ def test_a_commit_in_the_last_moment_harms_nothing(any_store) -> None:
 
 def test_a_lost_acknowledgement_is_no_error(any_store) -> None:
     clusters.make(any_store, NAME, [100, 100])
-    clusters.end_run(any_store)
 
     def unheard(dataset, results):
         maintenance.Compaction.commit(dataset, results)
@@ -200,10 +194,11 @@ def test_a_lost_acknowledgement_is_no_error(any_store) -> None:
 
 def test_of_two_compactions_one_says_that_the_other_was_faster(store) -> None:
     clusters.make(store, NAME, [100, 100])
-    clusters.end_run(store)
 
     def beaten(dataset, results):
-        maintenance.compact(store, NAME)
+        # One that does not know of leases.
+        other = store.open(NAME)
+        other.optimize.compact_files(target_rows_per_fragment=1000)
         return maintenance.Compaction.commit(dataset, results)
 
     with pytest.raises(RunFailedError, match="faster"):
@@ -214,12 +209,13 @@ def test_of_two_compactions_one_says_that_the_other_was_faster(store) -> None:
 @pytest.mark.parametrize("action", ["die-in-compaction", "die-after-compaction"])
 def test_a_kill_in_the_middle_and_again(store, start_worker, action) -> None:
     clusters.make(store, NAME, [2000, 2000])
-    clusters.end_run(store)
     index.publish(store, index.refresh_index(store, NAME, RULES))
     worker = start_worker(action, store, NAME)
     assert worker.wait(timeout=60) == -9
     sound(store, 4000)
-    assert maintenance.compact(store, NAME).fragments_after == 1
+    with pytest.raises(LeaseHeldError, match="--steal"):
+        maintenance.compact(store, NAME)
+    assert maintenance.compact(store, NAME, steal=True).fragments_after == 1
     sound(store, 4000)
     assert index.refresh_index(store, NAME, RULES).action == index.NOTHING
     row = catalog.row_of(store, NAME, ["version", "index", "files"])
@@ -238,7 +234,6 @@ def test_a_kill_while_an_index_is_built_and_again(store, start_worker, action) -
     assert done.published
     sound(store, 16_000)
     # What the killed build left goes, and what is in use stays.
-    clusters.end_run(store)
     maintenance.gc(store, NAME, NOW)
     assert index.refresh_index(store, NAME, RULES).action == index.NOTHING
     uuids = {path.split("/")[1] for path in paths(store) if path.startswith("_indices/")}
@@ -252,7 +247,6 @@ def test_failures_and_catalog_are_compacted_too(store) -> None:
     store.check_writable()
     for i in range(4):
         commit.append_failures(store, rows.failures([f"u{i}"]), f"m{i}", "run-0")
-    clusters.end_run(store)
     assert maintenance.compact(store, "_qvl_failures").fragments_after == 1
     clusters.make(store, NAME, [10])
     for i in range(4):
@@ -273,7 +267,6 @@ def orphan(store) -> str:
 
 def test_old_versions_and_orphans_go_and_live_files_stay(any_store) -> None:
     clusters.make(any_store, NAME, [2000, 2000])
-    clusters.end_run(any_store)
     index.publish(any_store, index.refresh_index(any_store, NAME, RULES))
     old = {file for file in paths(any_store) if file.startswith("data/")}
     maintenance.compact(any_store, NAME)
@@ -315,16 +308,18 @@ def test_what_is_young_stays(store) -> None:
 def test_a_run_that_is_about_to_commit_keeps_its_files(any_store) -> None:
     clusters.make(any_store, NAME, [100])
     planned = any_store.open(NAME).version
-    new = clusters.table(any_store.open(NAME).schema, clusters.vectors(50), prefix="n")
-    written = fragments.write_fragments(any_store.root, any_store.storage, NAME, new)
-    maintenance.gc(any_store, NAME, timedelta(hours=1))
-    commit.append(any_store, NAME, written, marker="m", run_id="run-0", planned_version=planned)
+    with Leases(lease_place(any_store.root, any_store.storage), "run-0") as leases:
+        leases.acquire([NAME])
+        new = clusters.table(any_store.open(NAME).schema, clusters.vectors(50), prefix="n")
+        written = fragments.write_fragments(any_store.root, any_store.storage, NAME, new)
+        let_time_pass(any_store)
+        maintenance.gc(any_store, NAME, NOW)
+        commit.append(any_store, NAME, written, marker="m", run_id="run-0", planned_version=planned)
     sound(any_store, 150)
 
 
 def test_tagged_versions_stay(store) -> None:
     clusters.make(store, NAME, [100, 100])
-    clusters.end_run(store)
     store.open(NAME).tags.create("before", 2)
     maintenance.compact(store, NAME)
     let_time_pass(store)
