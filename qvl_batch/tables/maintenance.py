@@ -22,8 +22,9 @@ from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, RunFailedErro
 from qvl_batch.tables import catalog
 from qvl_batch.tables.commit import CONTENT_OPERATIONS, stamps_since
 from qvl_batch.tables.fragments import DataFileRecord, data_path, sha256_of
+from qvl_batch.tables.layout import VECTORS_KIND
 from qvl_batch.tables.lease import TTL_S, Leases, holders, lease_place
-from qvl_batch.tables.ledger import table_collection
+from qvl_batch.tables.ledger import table_collection, table_kind
 from qvl_batch.tables.rewrite import fence
 from qvl_batch.tables.store import TableStore, storage_error
 
@@ -103,7 +104,8 @@ def _compact(
         if plan.num_tasks():
             known = _rewrite(store, table, dataset, plan.tasks, commit, leases)
         latest = _open(store, table)
-        if table_collection(latest) and _catalogued_version(store, table) != latest.version:
+        is_catalogued = table_collection(latest) and table_kind(latest) == VECTORS_KIND
+        if is_catalogued and _catalogued_version(store, table) != latest.version:
             catalog.refresh(store, [table], {table: known}, run_id=None)
     except (ValueError, OSError, RuntimeError) as error:
         raise storage_error(store.uri(table), error) from error
