@@ -107,6 +107,7 @@ def run_index(
     rules: IndexRules | None = None,
     local: bool = False,
     address: str | None = None,
+    ray_from_rows: int = RAY_FROM_ROWS,
     echo: Callable[[str], None] = print,
 ) -> IndexReport:
     """Bring the indexes of these tables to their present rows; publish what passes.
@@ -114,7 +115,8 @@ def run_index(
     Args:
         where: Filters over partition values; see `chosen.vector_tables`.
         local: Work in this process alone, without Ray.
-        address: Of a Ray cluster; None: RAY_ADDRESS, or a local one if there is much to do.
+        address: Of a Ray cluster; None: RAY_ADDRESS, or a local one.
+        ray_from_rows: With several tables of so many rows together Ray is used.
         echo: Takes lines for a person.
 
     Raises:
@@ -133,7 +135,7 @@ def run_index(
     errors: dict[str, QvlError] = {}
     for plan in finished.values():
         echo(line_of(plan, rules.recall))
-    if local or not pays(todo):
+    if local or not pays(todo, ray_from_rows):
         results = _here(store, todo, rules)
     else:
         results = _on_ray(store, todo, rules, connect(address))
@@ -155,9 +157,9 @@ def run_index(
     )
 
 
-def pays(todo: Sequence[Indexed]) -> bool:
+def pays(todo: Sequence[Indexed], from_rows: int = RAY_FROM_ROWS) -> bool:
     """Return whether Ray's start and its processes are worth it."""
-    return len(todo) > 1 and sum(plan.num_rows for plan in todo) >= RAY_FROM_ROWS
+    return len(todo) > 1 and sum(plan.num_rows for plan in todo) >= from_rows
 
 
 def cpus_a_table(nodes: Sequence[Node], num_tables: int) -> int:

@@ -12,7 +12,8 @@ from datetime import timedelta
 from qvl_batch.errors import ConfigError, QvlError
 from qvl_batch.jobs.chosen import all_tables, exit_code_of, vector_tables
 from qvl_batch.storage import Storage
-from qvl_batch.tables.maintenance import LONGEST_RUN, Collected, Compacted, compact, gc
+from qvl_batch.tables.garbage import LONGEST_RUN, Collected, gc, held_tables
+from qvl_batch.tables.maintenance import Compacted, compact
 from qvl_batch.tables.store import TableStore
 
 # A run commits every minute: what it holds uncommitted is younger by far.
@@ -121,8 +122,9 @@ def run_gc(
             listed.append(f"  … and {len(done.files) - _LISTED_FILES:,} more (--json lists all)")
         return "\n".join([head, *listed])
 
+    names, held = all_tables(store), held_tables(store)
     return _each(
-        all_tables(store), lambda name: gc(store, name, older_than, dry_run=dry_run), line, echo
+        names, lambda name: gc(store, name, older_than, dry_run=dry_run, held=held), line, echo
     )
 
 

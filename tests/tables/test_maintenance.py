@@ -13,6 +13,7 @@ from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, RunFailedErro
 from qvl_batch.storage import is_local
 from qvl_batch.tables import catalog, commit, fragments, index, maintenance
 from qvl_batch.tables.check import check_table
+from qvl_batch.tables.garbage import gc
 from qvl_batch.tables.index import IndexRules
 from qvl_batch.tables.lease import Leases, lease_place
 from qvl_batch.tables.ledger import done_units
@@ -42,9 +43,6 @@ def paths(store, table=NAME) -> set[str]:
 def let_time_pass(store) -> None:
     # Object stores give the time of a file in whole seconds.
     time.sleep(0.02 if is_local(store.root) else 1.1)
-
-
-# --- compact -------------------------------------------------------------------------------------
 
 
 def test_fewer_files_with_the_same_rows_in_the_same_order(any_store) -> None:
@@ -234,7 +232,7 @@ def test_a_kill_while_an_index_is_built_and_again(store, start_worker, action) -
     assert done.published
     sound(store, 16_000)
     # What the killed build left goes, and what is in use stays.
-    maintenance.gc(store, NAME, NOW)
+    gc(store, NAME, NOW)
     assert index.refresh_index(store, NAME, RULES).action == index.NOTHING
     uuids = {path.split("/")[1] for path in paths(store) if path.startswith("_indices/")}
     assert len(uuids) == 1
@@ -256,9 +254,6 @@ def test_failures_and_catalog_are_compacted_too(store) -> None:
     assert catalog.read(store).equals(before)
 
 
-# --- gc ------------------------------------------------------------------------------------------
-
-
 def orphan(store) -> str:
     new = clusters.table(store.open(NAME).schema, clusters.vectors(5), prefix="o")
     (written,) = fragments.write_fragments(store.root, store.storage, NAME, new)
@@ -273,12 +268,12 @@ def test_old_versions_and_orphans_go_and_live_files_stay(any_store) -> None:
     lost = orphan(any_store)
     let_time_pass(any_store)
     before = paths(any_store)
-    planned = maintenance.gc(any_store, NAME, NOW, dry_run=True)
+    planned = gc(any_store, NAME, NOW, dry_run=True)
     assert paths(any_store) == before
     gone = {file.path for file in planned.files}
     assert old | {lost} <= gone
     assert planned.versions == tuple(range(1, any_store.open(NAME).version))
-    done = maintenance.gc(any_store, NAME, NOW)
+    done = gc(any_store, NAME, NOW)
     assert done == planned
     assert paths(any_store) == before - gone
     assert done.size_bytes > 0
@@ -287,19 +282,19 @@ def test_old_versions_and_orphans_go_and_live_files_stay(any_store) -> None:
     dataset = any_store.open(NAME)
     queries, _ = sample_queries(dataset, 20)
     assert search({NAME: dataset}, queries, 10, nprobes={NAME: 2}).num_rows == 200
-    assert maintenance.gc(any_store, NAME, NOW).files == ()
+    assert gc(any_store, NAME, NOW).files == ()
 
 
 def test_what_is_young_stays(store) -> None:
     clusters.make(store, NAME, [100, 100])
     lost = orphan(store)
-    assert maintenance.gc(store, NAME).files == ()
+    assert gc(store, NAME).files == ()
     # A file of a run that died eight days ago, and a version that is as old.
     long_ago = time.time() - 8 * 86400
     os.utime(Path(store.root, f"{NAME}.lance", lost), (long_ago, long_ago))
     (first,) = Path(store.root, f"{NAME}.lance", "_versions").glob(f"{2**64 - 2}.manifest")
     os.utime(first, (long_ago, long_ago))
-    done = maintenance.gc(store, NAME)
+    done = gc(store, NAME)
     assert done.versions == (1,)
     assert [file.path for file in done.files if file.kind == "data"] == [lost]
     sound(store, 200)
@@ -313,7 +308,7 @@ def test_a_run_that_is_about_to_commit_keeps_its_files(any_store) -> None:
         new = clusters.table(any_store.open(NAME).schema, clusters.vectors(50), prefix="n")
         written = fragments.write_fragments(any_store.root, any_store.storage, NAME, new)
         let_time_pass(any_store)
-        maintenance.gc(any_store, NAME, NOW)
+        gc(any_store, NAME, NOW)
         commit.append(any_store, NAME, written, marker="m", run_id="run-0", planned_version=planned)
     sound(any_store, 150)
 
@@ -323,7 +318,7 @@ def test_tagged_versions_stay(store) -> None:
     store.open(NAME).tags.create("before", 2)
     maintenance.compact(store, NAME)
     let_time_pass(store)
-    done = maintenance.gc(store, NAME, NOW)
+    done = gc(store, NAME, NOW)
     assert 2 not in done.versions
     assert store.open(NAME).checkout_version("before").to_table().num_rows == 100
     sound(store, 200)
@@ -336,7 +331,7 @@ def test_a_run_finds_its_commit_although_older_versions_are_gone(store) -> None:
     written = fragments.write_fragments(store.root, store.storage, NAME, new)
     first = commit.append(store, NAME, written, marker="m", run_id="r", planned_version=planned)
     let_time_pass(store)
-    maintenance.gc(store, NAME, NOW)
+    gc(store, NAME, NOW)
     fresh = type(store)(store.root)
     again = commit.append(fresh, NAME, written, marker="m", run_id="r", planned_version=planned)
     assert again == first
@@ -345,6 +340,6 @@ def test_a_run_finds_its_commit_although_older_versions_are_gone(store) -> None:
 
 def test_no_such_table(store) -> None:
     store.check_writable()
-    for act in (maintenance.compact, maintenance.gc, index.refresh_index):
+    for act in (maintenance.compact, gc, index.refresh_index):
         with pytest.raises(StorageError, match="no table"):
             act(store, "absent")
