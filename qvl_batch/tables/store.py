@@ -170,6 +170,17 @@ class TableStore:
                 return None
             raise storage_error(self.uri(name), error) from error
 
+    def open_existing(self, name: str) -> lance.LanceDataset:
+        """Return the latest version of a table that is there.
+
+        Raises:
+            StorageError: As `open`, or if there is no such table.
+        """
+        dataset = self.open(name)
+        if dataset is None:
+            raise StorageError(f"There is no table {self.uri(name)}.", "Check root and name.")
+        return dataset
+
     def names(self) -> list[str]:
         """Return the names of all tables under the root, sorted; none if there is no root yet.
 
