@@ -165,8 +165,7 @@ def answer(root: str, top_k: int = TOP_K) -> list[pa.Table]:
     )
     vectors = engine.embed_vectors([EmbedInput(texts=(query.text,)) for query in DEMO_QUERIES])
     found = search(tables, vectors, top_k, columns=GALLERY_COLUMNS)
-    hits = [found.filter(pc.equal(found["query"], i)) for i in range(len(vectors))]
-    return [of_query.drop_columns(["query", "rank"]) for of_query in hits]
+    return [found.filter(pc.equal(found["query"], i)) for i in range(len(vectors))]
 
 
 def rerank(hits: Sequence[pa.Table]) -> list[pa.Table]:
