@@ -83,9 +83,6 @@ class Collection:
         """Number of rows (vectors) that are there now."""
         return sum(dataset.count_rows() for dataset in self._open(None).values())
 
-    def __len__(self) -> int:
-        return self.count
-
     def partitions(self) -> pa.Table:
         """Return what the catalog says of each partition; see `Root.partitions`."""
         return partition_table(self._store, self.name)

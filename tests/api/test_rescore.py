@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from qvl_batch import Reranker, connect
+from qvl_batch.api.query import row_item
 from qvl_batch.api.rescore import RERANK_ERRORS
 from qvl_batch.demo.checkpoint import DEMO_RECIPE, reranker_dir
-from qvl_batch.errors import InputError, MissingMediaError
+from qvl_batch.errors import ChangedMediaError, InputError, MissingMediaError
+from qvl_batch.media.source import local_etag
 from tests.embedded_root import embed_into
 
 BUDGETS = {name: DEMO_RECIPE[name] for name in ("image", "video", "document")}
@@ -68,6 +70,32 @@ def test_scores_are_those_of_the_same_pairs(embedded, media):
         for kind, hit in chosen.items():
             (alone,) = reranker.score("a page that says tiger", [items[kind](hit)])
             assert hit["rerank_score"] == pytest.approx(alone, abs=1e-3), kind
+
+
+def test_a_row_of_a_byte_range_is_read_from_there(embedded, media, tmp_path):
+    """Pictures in one file, as a manifest of archive members lists them."""
+    files = [file for file in embedded.corpus.files if file.kind == "image" and file.scenes][:3]
+    contents = [embedded.path(file.path).read_bytes() for file in files]
+    packed = tmp_path / "packed.bin"
+    packed.write_bytes(b"".join(contents))
+    etag = local_etag(packed.stat())
+    row = {"uri": str(packed), "kind": "image", "page": None, "text": None, "segment": 0}
+    starts = [0, len(contents[0]), len(contents[0]) + len(contents[1])]
+    members = [
+        row_item(
+            row | {"etag": etag, "byte_offset": start, "byte_length": len(content)}, media.recipe
+        )
+        for start, content in zip(starts, contents, strict=True)
+    ]
+    changed = row_item(
+        row | {"etag": "other", "byte_offset": 0, "byte_length": len(contents[0])}, media.recipe
+    )
+    caption = files[1].captions[0]
+    with Reranker(reranker_dir(), **BUDGETS) as reranker:
+        scores, errors = reranker.score(caption, [*members, changed], errors="return")
+        alone = reranker.score(caption, [embedded.path(file.path) for file in files])
+    np.testing.assert_allclose(scores[:3], alone, atol=1e-5)
+    assert isinstance(errors[3], ChangedMediaError)
 
 
 def test_a_reranker_of_ones_own(media):
