@@ -25,6 +25,7 @@ from qvl_batch.jobs.stale import Stale, find_stale
 from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage, is_local
 from qvl_batch.tables import staging
+from qvl_batch.tables.aliases import refuse_alias
 from qvl_batch.tables.conditional import check_exclusive
 from qvl_batch.tables.layout import Partition, check_collection_name, partition_json
 from qvl_batch.tables.lease import Leases, lease_place
@@ -136,6 +137,7 @@ def prepare(
     units = identify(manifest, collection)
     store = TableStore(config.output.root, storage)
     store.check_writable()
+    refuse_alias(store, collection)
     model = model or QwenCheckpoint.of(config.model, storage, config.pools.embed.batch_tokens)
     recipe = config.build_recipe(model.digest(), model.dim())
     check_recipe(store, collection, recipe)
