@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import threading
@@ -121,7 +122,10 @@ def _held(settings: str, place: _Place) -> HeldEmbedder:
             f"{model} has other weights than the table's model.",
             "Call qvl_batch.lancedb.use_model with a copy of that one.",
         )
-    return HeldEmbedder(Embedder(folder, device=place.device, **arguments))
+    embedder = Embedder(folder, device=place.device, **arguments)
+    # LanceDB knows no end of a function; a query by picture starts a decoding child.
+    atexit.register(embedder.close)
+    return HeldEmbedder(embedder)
 
 
 class QwenReranker(PairReranker):
