@@ -45,7 +45,7 @@ MAY_ENTER: dict[str, set[str]] = {
 # Where a room may enter another by these modules alone.
 ONLY = {("jobs", "api"): {"parity", "certificate"}}
 # The package's own names that are imported from api when they are asked for.
-EXPORTED = {"Embedder", "Reranker"}
+EXPORTED = {"Embedder", "Reranker", "connect"}
 
 # The only rooms that may import a third-party package; an unnamed package is free.
 OWNERS: dict[str, set[str]] = {

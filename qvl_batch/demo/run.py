@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
@@ -121,7 +122,8 @@ def answer(root: str, top_k: int = TOP_K) -> list[pa.Table]:
         token_layout="unnested",
     )
     vectors = engine.embed_vectors([EmbedInput(texts=(query.text,)) for query in DEMO_QUERIES])
-    return [search(tables, vector, top_k) for vector in vectors]
+    found = search(tables, vectors, top_k)
+    return [found.filter(pc.equal(found["query"], i)) for i in range(len(vectors))]
 
 
 def _how_to_go_on(out: Path, manifest: Path, config: Path, root: str) -> str:

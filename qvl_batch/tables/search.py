@@ -1,9 +1,11 @@
-"""Exact two-tier search over any number of tables: Hamming shortlist, then dot products."""
+"""Exact two-tier search for many queries over many tables: Hamming shortlist, then dot products."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
 
 import lance
 import numpy as np
@@ -12,195 +14,342 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvl_batch.errors import ConfigError
+from qvl_batch.tables import nearest
+from qvl_batch.tables.nearest import Near
 from qvl_batch.tables.store import storage_error
 
 # Hamming alone keeps 57 % of the top 10; a shortlist of 50 to 100 restored all of it (measured).
 SHORTLIST = 200
 COLUMNS = ("row_id", "uri", "kind", "page", "start_s", "end_s", "text")
-_SCAN_ROWS = 8192
+
+# A scan keeps about 4 x shortlist x 10 bytes a query and table.
+_MAX_QUERIES = 1024
+_MAX_KEPT = 1_000_000
+# Vectors read at once for rescoring, per table.
+_TAKE_BYTES = 64 << 20
+_THREADS = 16
+
+T = TypeVar("T")
 
 
 def search(
     tables: Mapping[str, lance.LanceDataset],
-    query: npt.NDArray[np.float32],
+    queries: npt.ArrayLike,
     top_k: int = 10,
     *,
     shortlist: int = SHORTLIST,
+    rescore: bool = True,
     columns: Sequence[str] = (),
-    where: str | None = None,
+    where: pc.Expression | None = None,
+    nprobes: Mapping[str, int] | None = None,
 ) -> pa.Table:
-    """Return the rows nearest to a query, over all tables, best first.
+    """Return the rows nearest to each query, over all tables, best first.
 
-    With ``vector_bits`` the ``shortlist`` nearest rows by Hamming distance, merged over all
-    tables, are rescored; a table without is scanned whole. Scores are dot products in float32
-    with ``vector`` or ``vector_int8 * vector_scale``; a table of bits alone is scored by
-    ``1 - 2 * hamming / dim``. For unit vectors all of them are cosines.
+    Of the tables that hold bits and vectors, the ``shortlist`` nearest rows by Hamming distance
+    over all of them (ties by row_id, then table) are scored by their vectors. All rows of the
+    other tables are scored. A score is the dot product in float32 with ``vector`` or
+    ``vector_int8 * vector_scale``; without those, or without ``rescore``, it is
+    ``1 - 2 * hamming / dim``. For unit vectors both are cosines, true or estimated.
+
+    A query's rows do not depend on the other queries of the call, and one scan of a table serves
+    all of them (1,024 at a time). A dataset handle must not be in use by another thread.
 
     Args:
         tables: Open tables by name.
-        query: float32 ``(dim,)``, unit norm.
+        queries: Float vectors of unit norm, ``(dim,)`` or ``(q, dim)``.
         columns: Further columns of the tables to return.
-        where: An SQL filter, applied before the search.
+        where: A filter (see `filters`), applied before the search. Literals need the exact type
+            of their column.
+        nprobes: Tables whose Hamming index is used, and how many of its lists are read. Other
+            tables are scanned.
 
     Returns:
-        ``score`` float32, ``table``, `COLUMNS`, then ``columns``; at most ``top_k`` rows, sorted
-        by falling score, then table, then row_id.
+        ``query`` int32 (its position), ``rank`` int32 from 1, ``score`` float32, ``table``,
+        `COLUMNS`, then ``columns``; at most ``top_k`` rows a query, sorted by query, falling
+        score, table and row_id.
 
     Raises:
-        ConfigError: If the query is not a finite vector of every table's dimension, or a column
-            is not there.
-        StorageError: If a table can not be read, or the filter is refused.
+        ConfigError: If the queries are not finite vectors of every table's dimension, a column is
+            not there, or the filter is refused.
+        StorageError: If a table can not be read.
     """
-    query = np.asarray(query, np.float32)
-    if query.ndim != 1 or not np.isfinite(query).all():
-        raise ConfigError(f"The query has shape {query.shape}.", "Give one finite float vector.")
+    vectors = _checked(queries)
     if top_k < 1 or shortlist < top_k:
         raise ConfigError(
             f"top_k is {top_k} with a shortlist of {shortlist}.",
             "Give a top_k of 1 or more and a shortlist no smaller.",
         )
-    wanted = [*COLUMNS, *(name for name in columns if name not in COLUMNS)]
-    for name, dataset in tables.items():
-        _check(name, dataset, len(query), wanted)
-    coarse = {n: ds for n, ds in tables.items() if "vector_bits" in ds.schema.names}
-    found = []
+    if where is not None and not isinstance(where, pc.Expression):
+        raise ConfigError(
+            f"where is a {type(where).__name__}.",
+            "Give a pyarrow.compute expression, or make one with parse_filter or filter_of.",
+        )
+    wanted = list(dict.fromkeys([*COLUMNS, *columns]))
+    opened = [
+        _Table.of(name, dataset, vectors.shape[1], rescore, (nprobes or {}).get(name))
+        for name, dataset in sorted(tables.items())
+    ]
+    for table in opened:
+        table.check_columns(wanted)
+    asked = _Asked(top_k, shortlist, wanted, where)
+    at_once = min(_MAX_QUERIES, max(1, _MAX_KEPT // shortlist))
+    parts = []
     try:
-        near = [_nearest_bits(n, ds, query, shortlist, where) for n, ds in sorted(coarse.items())]
-        for name, row_ids in _merge(near, shortlist):
-            listed = ", ".join(map(str, row_ids))
-            # Row addresses: Lance reads these rows alone.
-            found += _scored(name, coarse[name], query, wanted, f"_rowid IN ({listed})", top_k)
-        for name, dataset in tables.items():
-            if name not in coarse:
-                found += _scored(name, dataset, query, wanted, where, top_k)
+        with ThreadPoolExecutor(max(1, min(_THREADS, len(opened)))) as pool:
+            for start in range(0, len(vectors), at_once):
+                found = _search(opened, vectors[start : start + at_once], asked, pool)
+                number = pc.add(found["query"], pa.scalar(start, pa.int32()))
+                parts.append(found.set_column(0, "query", number))
     except (ValueError, OSError, RuntimeError) as error:
-        if where is not None and re.search("Schema|SQL|parse|Invalid user input", str(error)):
+        # Arrow binds the filter to the schema, Lance wants it to be true or false.
+        of_filter = isinstance(error, pa.ArrowException) or "Invalid user input" in str(error)
+        if where is not None and of_filter:
             reason = str(error).splitlines()[0][:300]
-            raise ConfigError(f"The filter {where!r} is refused: {reason}", "Mend it.") from error
+            raise ConfigError(
+                f"The filter {where} is refused: {reason}",
+                "Use the tables' columns, and literals of their exact types, such as "
+                "pyarrow.scalar(3, pyarrow.int32()).",
+            ) from error
         raise storage_error(", ".join(sorted(tables)), error) from error
-    if not found:
-        return _result_schema(tables, wanted).empty_table()
-    return _best(pa.concat_tables(found, promote_options="permissive"), top_k)
+    if not parts:
+        return _result_schema(opened, wanted).empty_table()
+    return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
 
 
-def _check(name: str, dataset: lance.LanceDataset, dim: int, wanted: Sequence[str]) -> None:
-    schema = dataset.schema
-    sizes = {
-        field.type.list_size * (8 if field.name == "vector_bits" else 1)
-        for field in schema
-        if re.fullmatch("vector|vector_int8|vector_bits", field.name)
-    }
-    if not sizes:
-        raise ConfigError(f"Table {name} has no vectors.", "Search a collection's tables.")
-    if sizes != {dim}:
-        raise ConfigError(
-            f"The query has {dim} dimensions, table {name} has {min(sizes)}.",
-            "Embed the query with the table's recipe.",
-        )
-    missing = [column for column in wanted if column not in schema.names]
-    if missing:
-        raise ConfigError(
-            f"Table {name} has no column {', '.join(missing)}.",
-            f"It has: {', '.join(schema.names)}.",
-        )
+@dataclass(frozen=True)
+class _Asked:
+    top_k: int
+    shortlist: int
+    columns: list[str]
+    where: pc.Expression | None
 
 
-def _nearest_bits(
-    name: str,
-    dataset: lance.LanceDataset,
-    query: npt.NDArray[np.float32],
-    shortlist: int,
-    where: str | None,
+@dataclass(frozen=True)
+class _Table:
+    """An open table and how it is searched."""
+
+    name: str
+    dataset: lance.LanceDataset
+    dim: int
+    by_bits: bool
+    rescored: bool
+    nprobes: int | None
+
+    @classmethod
+    def of(
+        cls, name: str, dataset: lance.LanceDataset, dim: int, rescore: bool, nprobes: int | None
+    ) -> _Table:
+        schema = dataset.schema
+        sizes = {
+            field.type.list_size * (8 if field.name == "vector_bits" else 1)
+            for field in schema
+            if field.name in ("vector", "vector_int8", "vector_bits")
+        }
+        if not sizes:
+            raise ConfigError(f"Table {name} has no vectors.", "Search a collection's tables.")
+        if sizes != {dim}:
+            raise ConfigError(
+                f"A query has {dim} dimensions, table {name} has {min(sizes)}.",
+                "Embed the query with the table's recipe.",
+            )
+        has_bits = "vector_bits" in schema.names
+        has_vectors = "vector" in schema.names or "vector_int8" in schema.names
+        rescored = has_bits and has_vectors and rescore
+        return cls(name, dataset, dim, has_bits, rescored, nprobes)
+
+    def check_columns(self, wanted: Sequence[str]) -> None:
+        names = self.dataset.schema.names
+        missing = [column for column in wanted if column not in names]
+        if missing:
+            raise ConfigError(
+                f"Table {self.name} has no column {', '.join(missing)}.",
+                f"It has: {', '.join(names)}.",
+            )
+
+    def near(self, queries: npt.NDArray[np.float32], asked: _Asked) -> Near:
+        """Return the first stage's candidates; final scores (sign turned) if not rescored."""
+        k = asked.shortlist if self.rescored else asked.top_k
+        if not self.by_bits:
+            return nearest.nearest_vectors(self.dataset, queries, k, asked.where)
+        bits = np.packbits(queries > 0, axis=1)
+        if self.nprobes is None:
+            near = nearest.nearest_bits(self.dataset, bits, k, asked.where)
+        else:
+            near = nearest.nearest_bits_indexed(self.dataset, bits, k, asked.where, self.nprobes)
+        if self.rescored:
+            return near
+        scores = (2 * near.key.astype(np.float64) / self.dim - 1).astype(np.float32)
+        return Near(near.query, scores, near.offset)
+
+    def detailed(self, near: Near, queries: npt.NDArray[np.float32]) -> _Pairs:
+        """Read the rows of these candidates: their ids, and their scores by the vectors."""
+        columns = ["row_id", *(nearest.vector_columns(self.dataset) if self.rescored else [])]
+        offsets, row = np.unique(near.offset, return_inverse=True)
+        scores = np.empty(len(row), np.float32) if self.rescored else -near.key
+        row_ids = []
+        at_once = max(1, _TAKE_BYTES // (4 * self.dim))
+        for start in range(0, len(offsets), at_once):
+            rows = self.dataset.take(offsets[start : start + at_once], columns=columns)
+            row_ids.extend(rows["row_id"].chunks)
+            if self.rescored:
+                pairs = np.flatnonzero((row >= start) & (row < start + at_once))
+                vectors = nearest.Vectors.of(rows)
+                for query, of_query in _runs(near.query[pairs]):
+                    chosen = pairs[of_query]
+                    scored = vectors.take(row[chosen] - start).scores(queries[query])
+                    scores[chosen] = scored
+        ids = pa.chunked_array(row_ids, pa.string()).combine_chunks()
+        return _Pairs(near, scores, ids.take(pa.array(row)))
+
+    def rows(self, offsets: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        """Return these rows' columns, in this order."""
+        distinct, row = np.unique(offsets, return_inverse=True)
+        rows = self.dataset.take(distinct, columns=list(columns)).take(pa.array(row))
+        return rows.replace_schema_metadata(None)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Candidates of one table with their scores and row_ids."""
+
+    near: Near
+    score: npt.NDArray[np.float32]
+    row_id: pa.StringArray
+
+
+def _search(
+    tables: Sequence[_Table],
+    queries: npt.NDArray[np.float32],
+    asked: _Asked,
+    pool: ThreadPoolExecutor,
 ) -> pa.Table:
-    """Return ``table, _rowid, _distance`` of a table's nearest rows."""
-    rows = dataset.to_table(
-        columns=["row_id", "_distance"],
-        with_row_id=True,
-        filter=where,
-        prefilter=True,
-        nearest={
-            "column": "vector_bits",
-            "q": np.packbits(query > 0),
-            # Lance picks any of the rows that tie at the end of its list; with as many again the
-            # global cut falls, by row_id, among rows that are all here.
-            "k": 2 * shortlist,
-            "metric": "hamming",
-            "use_index": False,
-        },
-    )
-    return rows.append_column("table", pa.repeat(pa.scalar(name), rows.num_rows))
+    near = _each(pool, lambda table: table.near(queries, asked), tables)
+    near = _cut(tables, near, len(queries), asked)
+    hit = [(table, rows) for table, rows in zip(tables, near, strict=True) if len(rows.query)]
+    if not hit:
+        return _result_schema(tables, asked.columns).empty_table()
+    pairs = _each(pool, lambda one: one[0].detailed(one[1], queries), hit)
+    merged = _merged([table for table, _ in hit], pairs, asked)
+    by_table = [
+        (hit[number][0], np.flatnonzero(merged.table == number))
+        for number in np.unique(merged.table)
+    ]
+    read = _each(pool, lambda one: one[0].rows(merged.offset[one[1]], asked.columns), by_table)
+    rows = pa.concat_tables(read, promote_options="permissive")
+    place = np.empty(len(merged.query), np.int64)
+    place[np.concatenate([positions for _, positions in by_table])] = np.arange(len(place))
+    names = pa.array([table.name for table, _ in hit], pa.string())
+    head = {
+        "query": pa.array(merged.query, pa.int32()),
+        "rank": pa.array(merged.rank, pa.int32()),
+        "score": pa.array(merged.score, pa.float32()),
+        "table": names.take(pa.array(merged.table)),
+    }
+    rows = rows.take(pa.array(place))
+    for number, (name, column) in enumerate(head.items()):
+        rows = rows.add_column(number, name, column)
+    return rows
 
 
-def _merge(near: list[pa.Table], shortlist: int) -> Iterator[tuple[str, list[int]]]:
-    """Return, per table, the row addresses of the global shortlist: Hamming is exact."""
-    if not near:
-        return
-    merged = pa.concat_tables(near)
-    keys = [("_distance", "ascending"), ("table", "ascending"), ("row_id", "ascending")]
-    merged = merged.take(pc.sort_indices(merged, sort_keys=keys)[:shortlist])
-    for name in pc.unique(merged["table"]).to_pylist():
-        rows = merged.filter(pc.equal(merged["table"], name))
-        yield name, rows["_rowid"].to_pylist()
-
-
-def _scored(
-    name: str,
-    dataset: lance.LanceDataset,
-    query: npt.NDArray[np.float32],
-    wanted: Sequence[str],
-    where: str | None,
-    top_k: int,
-) -> list[pa.Table]:
-    """Return the best rows of a table that pass the filter, with their scores."""
-    names = dataset.schema.names
-    if "vector" in names:
-        vectors = ["vector"]
-    elif "vector_int8" in names:
-        vectors = ["vector_int8", "vector_scale"]
-    else:
-        vectors = ["vector_bits"]
-    best: pa.Table | None = None
-    for batch in dataset.to_batches(
-        columns=[*wanted, *vectors], filter=where, batch_size=_SCAN_ROWS
-    ):
-        if not batch.num_rows:
+def _cut(
+    tables: Sequence[_Table], near: Sequence[Near], num_queries: int, asked: _Asked
+) -> list[Near]:
+    """Keep what can still be among a query's best over all tables, every tie included."""
+    kept = list(near)
+    for rescored, k in ((True, asked.shortlist), (False, asked.top_k)):
+        group = [i for i, table in enumerate(tables) if table.rescored == rescored]
+        if len(group) < 2:
             continue
-        rows = pa.Table.from_batches([batch]).select(list(wanted))
-        rows = rows.add_column(0, "table", pa.repeat(pa.scalar(name), rows.num_rows))
-        rows = rows.add_column(0, "score", pa.array(_scores(batch, query), pa.float32()))
-        best = _best(rows if best is None else pa.concat_tables([best, rows]), top_k)
-    return [] if best is None else [best.replace_schema_metadata(None)]
+        query = np.concatenate([near[i].query for i in group])
+        key = np.concatenate([near[i].key for i in group]).astype(np.float32)
+        order = np.lexsort((key, query))
+        starts = np.searchsorted(query[order], np.arange(num_queries + 1))
+        last = np.minimum(starts[:-1] + k, starts[1:]) - 1
+        # A query without a candidate has no last one; its limit is never looked at.
+        limit = key[order][np.maximum(last, 0)] if len(order) else np.zeros(num_queries)
+        for i in group:
+            inside = near[i].key.astype(np.float32) <= limit[near[i].query]
+            kept[i] = Near(near[i].query[inside], near[i].key[inside], near[i].offset[inside])
+    return kept
 
 
-def _scores(batch: pa.RecordBatch, query: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the dot product of each row with the query, float32 ``(rows,)``."""
-    if "vector" in batch.schema.names:
-        return _dot(_matrix(batch["vector"]), query)
-    if "vector_int8" in batch.schema.names:
-        return _dot(_matrix(batch["vector_int8"]), query) * batch["vector_scale"].to_numpy()
-    differing = np.bitwise_xor(_matrix(batch["vector_bits"]), np.packbits(query > 0))
-    hamming = np.bitwise_count(differing).sum(axis=1, dtype=np.int64)
-    return (1 - 2 * hamming / len(query)).astype(np.float32)
+@dataclass(frozen=True)
+class _Merged:
+    """The hits: all arrays are sorted by query and rank; ``table`` is a position."""
+
+    query: npt.NDArray[np.int32]
+    rank: npt.NDArray[np.int32]
+    score: npt.NDArray[np.float32]
+    table: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]
 
 
-def _dot(
-    vectors: npt.NDArray[np.generic], query: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float32]:
-    # Not BLAS: its rounding depends on a row's place in the block, so equal rows would not tie.
-    return np.einsum("ij,j->i", vectors.astype(np.float32), query)
+def _merged(tables: Sequence[_Table], pairs: Sequence[_Pairs], asked: _Asked) -> _Merged:
+    """Return the top k of each query: tables are sorted by name, so their position breaks ties."""
+    query = np.concatenate([one.near.query for one in pairs])
+    table = np.repeat(np.arange(len(pairs), dtype=np.int32), [len(one.score) for one in pairs])
+    offset = np.concatenate([one.near.offset for one in pairs])
+    score = np.concatenate([one.score for one in pairs])
+    row_id = _ranks([one.row_id for one in pairs])
+    rescored = np.repeat([one.rescored for one in tables], [len(one.score) for one in pairs])
+    listed = np.flatnonzero(rescored)
+    if len(listed):
+        distance = np.concatenate(
+            [one.near.key for one, table in zip(pairs, tables, strict=True) if table.rescored]
+        )
+        order = np.lexsort((table[listed], row_id[listed], distance, query[listed]))
+        inside = listed[order][_positions(query[listed][order]) < asked.shortlist]
+        kept = np.concatenate([inside, np.flatnonzero(~rescored)])
+    else:
+        kept = np.arange(len(query))
+    order = kept[np.lexsort((row_id[kept], table[kept], -score[kept], query[kept]))]
+    position = _positions(query[order])
+    top = order[position < asked.top_k]
+    rank = (position[position < asked.top_k] + 1).astype(np.int32)
+    return _Merged(query[top], rank, score[top], table[top], offset[top])
 
 
-def _matrix(vectors: pa.FixedSizeListArray) -> npt.NDArray[np.generic]:
-    return vectors.flatten().to_numpy().reshape(len(vectors), vectors.type.list_size)
+def _ranks(row_ids: Sequence[pa.StringArray]) -> npt.NDArray[np.int64]:
+    """Return integers that compare as the row_ids do."""
+    joined = pa.chunked_array(row_ids).combine_chunks()
+    return pc.rank(joined, sort_keys="ascending", tiebreaker="min").to_numpy().astype(np.int64)
 
 
-def _best(rows: pa.Table, top_k: int) -> pa.Table:
-    keys = [("score", "descending"), ("table", "ascending"), ("row_id", "ascending")]
-    return rows.take(pc.sort_indices(rows, sort_keys=keys)[:top_k])
+def _positions(query: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Return each entry's position within its run of equal queries."""
+    starts = np.flatnonzero(np.r_[True, query[1:] != query[:-1]]) if len(query) else []
+    runs = np.diff(np.r_[starts, len(query)].astype(np.int64))
+    return np.arange(len(query)) - np.repeat(np.asarray(starts, np.int64), runs)
 
 
-def _result_schema(tables: Mapping[str, lance.LanceDataset], wanted: Sequence[str]) -> pa.Schema:
-    fields = [pa.field("score", pa.float32()), pa.field("table", pa.string())]
-    for dataset in tables.values():
-        return pa.schema([*fields, *(dataset.schema.field(name) for name in wanted)])
+def _runs(query: npt.NDArray[np.int32]) -> list[tuple[int, slice]]:
+    starts = np.flatnonzero(np.r_[True, query[1:] != query[:-1]]) if len(query) else []
+    ends = [*starts[1:], len(query)]
+    return [(int(query[a]), slice(int(a), int(b))) for a, b in zip(starts, ends, strict=True)]
+
+
+def _each(pool: ThreadPoolExecutor, call: Callable[..., T], items: Sequence[object]) -> list[T]:
+    # A lone table needs no thread: a shorter trace where something fails.
+    return [call(items[0])] if len(items) == 1 else list(pool.map(call, items))
+
+
+def _checked(queries: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    vectors = np.ascontiguousarray(np.atleast_2d(np.asarray(queries, np.float32)))
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise ConfigError(
+            f"The queries have shape {np.shape(queries)}.",
+            "Give finite float vectors, (dim,) or (queries, dim).",
+        )
+    return vectors
+
+
+def _result_schema(tables: Sequence[_Table], wanted: Sequence[str]) -> pa.Schema:
+    fields = [
+        pa.field("query", pa.int32()),
+        pa.field("rank", pa.int32()),
+        pa.field("score", pa.float32()),
+        pa.field("table", pa.string()),
+    ]
+    if tables:
+        return pa.schema([*fields, *(tables[0].dataset.schema.field(name) for name in wanted)])
     return pa.schema([*fields, *(pa.field(name, pa.null()) for name in wanted)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from qvl_batch.errors import ConfigError
@@ -49,6 +50,8 @@ def test_every_encoding_finds_the_true_order_over_all_tables(any_store, encoding
     np.testing.assert_allclose(found["score"].to_numpy(), [-s for s, _ in wanted], atol=1e-6)
     assert found["row_id"].to_pylist() == [row for _, row in wanted]
     assert found.schema.names == [
+        "query",
+        "rank",
         "score",
         "table",
         "row_id",
@@ -99,13 +102,17 @@ def test_ties_are_ordered_by_table_then_row_id(store) -> None:
 def test_columns_filter_and_few_rows(store, encodings) -> None:
     opened = tables(store, encodings)
     found = search(
-        opened, QUERY, 10, columns=["etag", "dt"], where="unit_id IN ('u001', 'u040', 'no')"
+        opened,
+        QUERY,
+        10,
+        columns=["etag", "dt"],
+        where=pc.field("unit_id").isin(["u001", "u040", "no"]),
     )
     assert sorted(found["etag"].to_pylist()) == ["etag-u001", "etag-u040"]
     assert set(found["dt"].to_pylist()) == {"2026-01-02"}
-    nothing = search(opened, QUERY, 10, where="unit_id = 'no'")
+    nothing = search(opened, QUERY, 10, where=pc.field("unit_id") == "no")
     assert nothing.num_rows == 0
-    assert nothing.schema.names == found.schema.names[:9]
+    assert nothing.schema.names == found.schema.names[:11]
 
 
 def test_tables_of_different_encodings_are_searched_together(store) -> None:
@@ -127,12 +134,26 @@ def test_wrong_questions(store) -> None:
     for call, said in (
         (lambda: search(opened, np.ones(8, np.float32)), "8 dimensions.*has 16"),
         (lambda: search(opened, np.full(16, np.nan, np.float32)), "finite"),
-        (lambda: search(opened, QUERY[None]), "shape"),
+        (lambda: search(opened, QUERY[None, None]), "shape"),
         (lambda: search(opened, QUERY, 0), "top_k is 0"),
         (lambda: search(opened, QUERY, 300, shortlist=200), "shortlist"),
         (lambda: search(opened, QUERY, columns=["colour"]), "no column colour"),
-        (lambda: search(opened, QUERY, where="colour = 'red'"), "filter"),
-        (lambda: search(opened, QUERY, where="uri ="), "filter"),
+        (lambda: search(opened, QUERY, where=pc.field("colour") == "red"), "filter"),
+        (lambda: search(opened, QUERY, where=pc.field("page") == "one"), "exact types"),
+        (lambda: search(opened, QUERY, where="uri = 'x'"), "where is a str"),
     ):
         with pytest.raises(ConfigError, match=said):
             call()
+
+
+@pytest.mark.parametrize("encodings", ALL)
+def test_many_queries_get_the_answers_of_each_alone(store, encodings) -> None:
+    opened = tables(store, encodings, ("a", "b", "c"))
+    queries = np.stack([rows.vector(f"query {i}") for i in range(7)])
+    together = search(opened, queries, 9, shortlist=20, columns=["dt"])
+    assert together["query"].to_pylist() == [i for i in range(7) for _ in range(9)]
+    assert together["rank"].to_pylist() == list(range(1, 10)) * 7
+    for i, query in enumerate(queries):
+        alone = search(opened, query, 9, shortlist=20, columns=["dt"])
+        mine = together.filter(pc.equal(together["query"], i))
+        assert mine.drop_columns("query").equals(alone.drop_columns("query"))

@@ -1,0 +1,105 @@
+"""Hits in a terminal: nothing that a file or its text is called can reach the terminal itself."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+from rich import box
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+_NAME_CELLS = 52
+_TEXT_CELLS = 48
+_KIND_STYLES = {"image": "green", "video": "magenta", "document": "yellow", "text": "blue"}
+
+
+def printable(text: str) -> str:
+    """Return the text with every character that could steer a terminal written as an escape.
+
+    Control characters, direction marks, line separators and lone surrogates; what is left may be
+    wide or unusual, but stands where it is put.
+    """
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else c
+        for c in text
+    )
+
+
+def shortened(text: str, cells: int) -> str:
+    """Return the text with its middle left out, so that it takes at most so many cells.
+
+    The end, where a file's own name stands, keeps two thirds.
+    """
+    if cell_len(text) <= cells:
+        return text
+    tail = _fitting(text[::-1], (cells - 1) * 2 // 3)[::-1]
+    return f"{_fitting(text, cells - 1 - cell_len(tail))}…{tail}"
+
+
+def place(hit: Mapping[str, Any]) -> str:
+    """Return where in its medium a hit lies, for people: pages count from 1; '' for all of it."""
+    if hit["page"] is not None:
+        return f"page {hit['page'] + 1}"
+    if hit["start_s"] is not None and hit["end_s"] is not None:
+        return f"{_clock(hit['start_s'])}–{_clock(hit['end_s'])}"
+    return ""
+
+
+def hits_table(hits: pa.Table, title: str) -> Table:
+    """Return a table of hits, as `Collection.search` gives them, for a `rich` console."""
+    is_reranked = "rerank_score" in hits.column_names
+    table = Table(
+        title=Text(printable(title), "bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("#", justify="right", style="dim")
+    if is_reranked:
+        table.add_column("before", justify="right", style="dim")
+        table.add_column("rerank", justify="right", style="bold cyan")
+    table.add_column("score", justify="right", style="cyan")
+    table.add_column("kind")
+    table.add_column("file", no_wrap=True, overflow="ellipsis")
+    table.add_column("place", no_wrap=True)
+    table.add_column("text", no_wrap=True, overflow="ellipsis")
+    for hit in hits.to_pylist():
+        cells = [Text(str(hit["rank"]))]
+        if is_reranked:
+            score = hit["rerank_score"]
+            cells += [Text(str(hit["rank_before"])), Text("–" if score is None else f"{score:.3f}")]
+        name = shortened(printable(hit["uri"] or ""), _NAME_CELLS)
+        text = printable(" ".join((hit["text"] or "").split()))
+        table.add_row(
+            *cells,
+            Text(f"{hit['score']:.3f}"),
+            Text(printable(hit["kind"]), _KIND_STYLES.get(hit["kind"], "")),
+            Text(name),
+            Text(place(hit)),
+            Text(shortened(text, _TEXT_CELLS)),
+        )
+    return table
+
+
+def _fitting(text: str, cells: int) -> str:
+    """Return the longest beginning that takes at most so many cells."""
+    taken = 0
+    for i, c in enumerate(text):
+        taken += cell_len(c)
+        if taken > cells:
+            return text[:i]
+    return text
+
+
+def _clock(seconds: float) -> str:
+    # Rounded first: 59.97 is a minute.
+    minutes, rest = divmod(round(seconds, 1), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    whole = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+    return f"{whole}:{rest:04.1f}"
