@@ -10,28 +10,24 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qvl_batch.errors import ModelError, UnitError
-from qvl_batch.recipe import DocumentBudget, ImageBudget, Recipe, VideoBudget
+from qvl_batch.errors import InputError, ModelError, UnitError
+from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage
 from qvl_batch.tables.lancedb_plugins import EmbeddingPlugin, Int8Rescorer, PairReranker, register
-from qvl_batch.units import EmbedInput
 
 if TYPE_CHECKING:
     from qvl_batch.api.embedder import Embedder
-    from qvl_batch.api.found_rows import FoundRowReader
-    from qvl_batch.model.rerank import RerankEngine
+    from qvl_batch.api.reranker import Reranker
 
 __all__ = ["Int8Rescorer", "QwenEmbedding", "QwenReranker", "use_model"]
 
 _KEPT_QUERIES = 64
 _KEPT_MODELS = 2
-# Decoded media that wait for a forward pass: bounds memory, does not change scores.
-_MOST_WAITING_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -129,84 +125,41 @@ def _held(settings: str, place: _Place) -> HeldEmbedder:
 
 
 class QwenReranker(PairReranker):
-    """LanceDB's reranker of a Qwen3-VL-Reranker checkpoint.
+    """LanceDB's reranker of a Qwen3-VL-Reranker checkpoint, for tables of the embed job.
 
     The media of the rows that a search found are fetched again, the same page or segment, and
     scored with the query. For tens or hundreds of rows in a notebook; the rerank job is for more.
     A row whose medium is gone, changed or broken has no score, comes last, and is warned about.
 
     Args:
-        model: A local folder, a hub id, or an object-store folder.
-        revision: A hub commit, tag or branch.
-        instruction: What counts as relevant; None: the official default.
-        image: Pixels of an image; None: as the table's recipe has it.
-        video: Frames of a video and their pixels; None: likewise.
-        document: Resolution and pixels of a page; None: likewise.
-        max_tokens: The context of one pair.
-        token_layout: ``unnested`` or ``nested``.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        batch_tokens: Tokens of one packed forward pass.
-        storage: How object stores are reached; None: from the standard environment variables.
+        reranker: A `Reranker`, used as it is; or a local folder, a hub id, or an object-store
+            folder. That is loaded at the first search and shown media as the table's recipe has
+            them, where ``options`` say nothing else.
+        instruction: What counts as relevant; None: that of the reranker.
         return_score: ``relevance``, or ``all`` to keep ``_distance`` and ``_score`` too.
+        options: Of the `Reranker` to load: ``revision``, ``device``, ``image``, ...
 
-    The weights are loaded at the first search.
+    Raises:
+        InputError: If there are options for a reranker that is there already.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        reranker: Reranker | str | Path,
         *,
-        revision: str | None = None,
         instruction: str | None = None,
-        image: ImageBudget | Mapping[str, Any] | None = None,
-        video: VideoBudget | Mapping[str, Any] | None = None,
-        document: DocumentBudget | Mapping[str, Any] | None = None,
-        max_tokens: int = 10_240,
-        token_layout: str = "unnested",
-        dtype: str = "auto",
-        device: str = "auto",
-        batch_tokens: int | Literal["auto"] = "auto",
-        storage: Storage | None = None,
         return_score: str = "relevance",
+        **options: Any,
     ) -> None:
-        from qvl_batch.api.reader import budget_of
-
         super().__init__(return_score)
-        # Before the weights are loaded: a wrong budget is told at once.
-        given = (
-            ("image", ImageBudget, image),
-            ("video", VideoBudget, video),
-            ("document", DocumentBudget, document),
-        )
-        self._budgets = {
-            name: budget_of(kind, value, name) for name, kind, value in given if value is not None
-        }
-        self._model, self._revision = str(model), revision
-        self._storage = storage or Storage.of()
-        self._engine_arguments = {
-            "instruction": instruction,
-            "max_tokens": max_tokens,
-            "token_layout": token_layout,
-            "dtype": dtype,
-            "device": device,
-            "batch_tokens": batch_tokens,
-        }
+        self._is_ours = isinstance(reranker, str | Path)
+        if options and not self._is_ours:
+            raise InputError(
+                f"{', '.join(options)}: a Reranker has its options.", "Give it to Reranker(...)."
+            )
+        self._given, self._options, self._instruction = reranker, options, instruction
         self._lock = threading.Lock()
-
-    @functools.cached_property
-    def _engine(self) -> RerankEngine:
-        from qvl_batch.model.load import resolve_model
-        from qvl_batch.model.rerank import RerankEngine
-
-        folder = resolve_model(self._model, self._revision, self._storage)
-        return RerankEngine(folder, **self._engine_arguments)
-
-    @functools.cached_property
-    def _reader(self) -> FoundRowReader:
-        from qvl_batch.api.found_rows import FoundRowReader
-
-        return FoundRowReader(self._storage)
+        self._loaded: dict[str, Reranker] = {}
 
     def pair_scores(
         self, query: str, rows: list[dict[str, Any]], metadata: Mapping[bytes, bytes]
@@ -214,27 +167,20 @@ class QwenReranker(PairReranker):
         """Return one score, or why there is none, a row.
 
         Raises:
+            InputError: If the table states no recipe.
             ModelError: If the checkpoint can not be used.
             UnitError: If the query itself can not be scored.
         """
-        budgets = self._budgets_for(metadata)
-        asked = EmbedInput(texts=(query,))
-        found: dict[int, float | UnitError] = {}
+        from qvl_batch.api.query import row_item
+
+        if b"qvl.recipe" not in metadata:
+            raise InputError("The table states no recipe.", "Rerank rows of the embed job.")
+        recipe = Recipe.from_json(metadata[b"qvl.recipe"].decode())
+        items = [row_item(row, recipe) for row in rows]
         with self._lock:
-            waiting: dict[int, EmbedInput] = {}
-            num_bytes = 0
-            for index, row in enumerate(rows):
-                try:
-                    waiting[index] = self._reader.read(row, **budgets)
-                except UnitError as error:
-                    found[index] = error
-                    continue
-                num_bytes += _pixel_bytes(waiting[index])
-                if num_bytes >= _MOST_WAITING_BYTES:
-                    found |= self._scored(asked, waiting)
-                    waiting, num_bytes = {}, 0
-            found |= self._scored(asked, waiting)
-        return [found[index] for index in range(len(rows))]
+            reranker = self._reranker(recipe)
+            scores, failures = reranker.score(query, items, self._instruction, errors="return")
+        return [failures.get(index, float(score)) for index, score in enumerate(scores)]
 
     def failed(self, errors: list[UnitError]) -> None:
         warnings.warn(
@@ -243,30 +189,20 @@ class QwenReranker(PairReranker):
             stacklevel=2,
         )
 
-    def _scored(
-        self, asked: EmbedInput, waiting: Mapping[int, EmbedInput]
-    ) -> dict[int, float | UnitError]:
-        scores = self._engine.score(asked, list(waiting.values()))
-        return dict(zip(waiting, scores, strict=True))
-
-    def _budgets_for(self, metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
-        stated = metadata.get(b"qvl.recipe")
-        if stated is None:
-            defaults = {
-                "image": ImageBudget(),
-                "video": VideoBudget(),
-                "document": DocumentBudget(),
-            }
-        else:
-            recipe = Recipe.from_json(stated.decode())
-            defaults = {name: getattr(recipe, name) for name in ("image", "video", "document")}
-        return defaults | self._budgets
-
     def close(self) -> None:
-        """End the decoding child. The reranker may be used again; it then starts another."""
-        if "_reader" in vars(self):
-            self._reader.close()
+        """Let go of what was loaded here; it is loaded again if needed."""
+        with self._lock:
+            for reranker in self._loaded.values():
+                reranker.close()
+            self._loaded.clear()
 
+    def _reranker(self, recipe: Recipe) -> Reranker:
+        from qvl_batch.api.reranker import Reranker
 
-def _pixel_bytes(item: EmbedInput) -> int:
-    return sum(vision.pixels.nbytes for vision in (*item.videos, *item.images))
+        if not self._is_ours:
+            return self._given
+        if recipe.recipe_id not in self._loaded:
+            shown = {name: getattr(recipe, name) for name in ("image", "video", "document")}
+            shown["token_layout"] = recipe.token_layout
+            self._loaded[recipe.recipe_id] = Reranker(self._given, **shown | self._options)
+        return self._loaded[recipe.recipe_id]

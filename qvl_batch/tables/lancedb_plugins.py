@@ -27,7 +27,7 @@ RESCORED = ("vector_int8", "vector_scale")
 # What says where the medium of a row lies, and which part of it the row is.
 FETCHED = (
     *("kind", "uri", "etag", "byte_offset", "byte_length"),
-    *("page", "start_s", "end_s", "text"),
+    *("segment", "page", "text"),
 )
 
 

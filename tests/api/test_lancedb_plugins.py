@@ -247,6 +247,21 @@ def test_a_changed_or_missing_medium_comes_last_with_a_warning(
     assert pictures.rerank(reranker).to_arrow()["_relevance_score"].null_count == 0
 
 
+def test_a_reranker_that_is_there_is_used_as_it_is(tables, reranker) -> None:
+    search = tables.open("bits").search(QUERY).where("kind = 'image'").limit(5)
+    by_path = search.rerank(reranker).to_arrow()
+    with Reranker(reranker_dir(), **BUDGETS) as there:
+        by_object = search.rerank(plugins.QwenReranker(there, return_score="all")).to_arrow()
+        other = search.rerank(plugins.QwenReranker(there, instruction="Is it a clip?")).to_arrow()
+        with pytest.raises(InputError, match="device: a Reranker has its options"):
+            plugins.QwenReranker(there, device="cpu")
+    assert by_object["row_id"].to_pylist() == by_path["row_id"].to_pylist()
+    assert "_distance" in by_object.schema.names
+    scores = by_object["_relevance_score"].to_pylist()
+    np.testing.assert_allclose(scores, by_path["_relevance_score"].to_pylist(), atol=1e-6)
+    assert sorted(other["_relevance_score"].to_pylist()) != pytest.approx(sorted(scores))
+
+
 def test_the_reranker_names_the_columns_it_needs(tables, reranker) -> None:
     search = tables.open("bits").search(QUERY).select(["uri", "kind"]).limit(2)
     with pytest.raises(InputError, match=r"QwenReranker needs the column\(s\) .*byte_offset"):

@@ -142,7 +142,7 @@ def test_ties_and_rows_without_a_score() -> None:
         def failed(self, errors):
             warnings.warn(str(errors[0]), stacklevel=1)
 
-    columns = ("kind", "uri", "etag", "byte_offset", "byte_length", "page", "start_s", "end_s")
+    columns = ("kind", "uri", "etag", "byte_offset", "byte_length", "segment", "page")
     given = pa.Table.from_pylist(
         [
             dict.fromkeys(columns) | {"row_id": row, "uri": uri, "text": None, "_distance": 1.0}
