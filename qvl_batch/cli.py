@@ -140,6 +140,110 @@ def verify(
 
 
 @app.command()
+def search(
+    root: Annotated[str, typer.Argument(help="output.root of the runs.")],
+    text: Annotated[str | None, typer.Argument(help="What is asked, in words.")] = None,
+    image: Annotated[str | None, typer.Option(help="Picture: a path or an address.")] = None,
+    video: Annotated[str | None, typer.Option(help="Clip: a path or an address.")] = None,
+    like: Annotated[str | None, typer.Option(help="More like this row_id.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Or an alias.")] = None,
+    partition: Annotated[
+        list[str] | None, typer.Option(help="Only these tables: --partition dt=2026-01-01.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these rows: --where kind=image,video --where text~circle."),
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Further column in --json.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many hits.")] = 10,
+    rerank: Annotated[
+        str | None, typer.Option(help="Reranking checkpoint that looks at the hits again.")
+    ] = None,
+    rerank_top: Annotated[int, typer.Option(min=1, help="How many hits it looks at.")] = 100,
+    model: Annotated[
+        str | None, typer.Option(help="Where the checkpoint of the tables lies here.")
+    ] = None,
+    json: Json = False,
+    html: Annotated[str | None, typer.Option(help="Also write a page with the media.")] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Search the tables by text, picture, clip, a mix of them, or a row."""
+    from qvl_batch.api.connect import connect
+    from qvl_batch.api.search_command import SearchRequest, run_search
+
+    request = SearchRequest(
+        text=text,
+        image=image,
+        video=video,
+        like=like,
+        partitions=partition or (),
+        where=where or (),
+        columns=column or (),
+        top_k=top_k,
+        rerank=rerank,
+        rerank_top=rerank_top,
+    )
+    storage = Storage.of(endpoint_url=endpoint_url, region=region)
+    with connect(root, storage=storage, model=model) as tables:
+        run_search(tables, collection, request, as_json=json, html=html, storage=storage)
+
+
+@app.command()
+def alias(
+    root: Annotated[str, typer.Argument(help="output.root of the runs.")],
+    name: Annotated[str | None, typer.Argument(help="The alias.")] = None,
+    collection: Annotated[str | None, typer.Argument(help="What it stands for from now.")] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """List the aliases, or let one stand for a collection in one commit."""
+    from qvl_batch.api.connect import connect
+
+    tables = connect(root, storage=Storage.of(endpoint_url=endpoint_url, region=region))
+    if name is not None and collection is None:
+        raise ConfigError(f"What shall {name!r} stand for?", "Give ROOT ALIAS COLLECTION.")
+    if name is not None and collection is not None:
+        before = tables.aliases().get(name)
+        tables.switch_alias(name, collection)
+        print(f"{name}: {collection}" + (f" (was {before})" if before else ""))
+        return
+    for known, stands_for in tables.aliases().items():
+        print(f"{known}: {stands_for}")
+
+
+@app.command()
+def compare(
+    root: Annotated[str, typer.Argument(help="output.root of the runs.")],
+    first: Annotated[str, typer.Argument(help="A collection or an alias.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
+    queries: Annotated[str, typer.Option(help="JSONL, CSV or Parquet: text, image or video.")],
+    relevance: Annotated[
+        str | None, typer.Option(help="Labels: query_id, relevance, and row_id, media_id or uri.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many hits are compared.")] = 10,
+    json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Ask two collections the same: how far they agree, and with labels which is better."""
+    from rich.console import Console
+
+    from qvl_batch.api.compare_collections import compare_lists
+    from qvl_batch.api.connect import connect
+
+    storage = Storage.of(endpoint_url=endpoint_url, region=region)
+    with connect(root, storage=storage) as tables:
+        found = compare_lists(
+            tables, first, second, queries, relevance, top_k=top_k, storage=storage
+        )
+    if json:
+        print(found.to_json())
+    else:
+        Console().print(found.table())
+
+
+@app.command()
 def doctor(
     model: Annotated[str, typer.Option(help="Folder of an embedding checkpoint.")],
     golden: Annotated[str, typer.Option(help="Folder of golden outputs.")],

@@ -62,18 +62,36 @@ class UnschedulableError(InputError):
 
 
 class LeaseHeldError(QvlError):
-    """Another live run works on the same partition."""
+    """Another live run works on the same partition.
+
+    Args:
+        table: The partition's table.
+        run_id: Of the run that holds it.
+        holder: What is known of that run: host, process, since when.
+    """
 
     exit_code = 3
 
-    def __init__(self, table: str, run_id: str) -> None:
-        super().__init__(table, run_id)
-        self.table, self.run_id = table, run_id
+    def __init__(self, table: str, run_id: str, holder: str = "") -> None:
+        super().__init__(table, run_id, holder)
+        self.table, self.run_id, self.holder = table, run_id, holder
+
+    def __str__(self) -> str:
+        known = f", {self.holder}" if self.holder else ""
+        return (
+            f"Table {self.table} is being written by another run ({self.run_id}{known}). "
+            "Wait for it or stop it, then run this again: nothing committed is lost. "
+            "A run that was killed is taken over once its lease has expired; --steal does it now."
+        )
+
+
+class LeaseLostError(LeaseHeldError):
+    """This run was taken for dead and another took over: it must not commit any more."""
 
     def __str__(self) -> str:
         return (
-            f"Table {self.table} is being written by another run ({self.run_id}). "
-            "Wait for it or stop it, then run this again: nothing committed is lost."
+            f"This run has lost its lease on table {self.table}: {self.holder}. What it had "
+            "committed stays; run this again for the rest."
         )
 
 
@@ -163,6 +181,18 @@ class BadVectorError(UnitError):
     """The vector has a norm near 0, a NaN or an Inf."""
 
     stage = "embed"
+
+
+class NoCandidatesError(UnitError):
+    """No row passes the filters of the search: the query has nothing to be ranked."""
+
+    stage = "search"
+
+
+class MissingRowError(UnitError):
+    """A given candidate is not in the tables."""
+
+    stage = "search"
 
 
 class EmbedFailedError(UnitError):

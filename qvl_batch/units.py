@@ -17,9 +17,12 @@ Kind = Literal["text", "image", "document", "video", "mixed"]
 KINDS: tuple[str, ...] = ("text", "image", "document", "video", "mixed")
 
 
+# Made once: `json.dumps` makes one a call, which is most of the time that an id takes.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _hash(parts: list[object]) -> str:
-    payload = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
-    return hashlib.blake2b(payload, digest_size=16).hexdigest()
+    return hashlib.blake2b(_encode(parts).encode(), digest_size=16).hexdigest()
 
 
 def media_id(

@@ -177,10 +177,9 @@ class Collection:
             filtered = filter_of(where, _schema(opened))
             stated = self._stated(opened)
             asked = [self._asked(query, stated) for query in queries]
-            vectors = [self._vector(one, stated) for one in asked]
             return search(
                 opened,
-                np.stack(vectors) if vectors else np.empty((0, stated.recipe.dim), np.float32),
+                self._vectors(asked, stated),
                 top_k,
                 shortlist=max(shortlist, top_k),
                 where=filtered,
@@ -196,7 +195,7 @@ class Collection:
         """Return the vector with which a query is asked, float32 ``(dim,)`` of norm 1."""
         with self._lock:
             stated = self._stated(self._open(None))
-            return self._vector(self._asked(query, stated), stated)
+            return self._vectors([self._asked(query, stated)], stated)[0]
 
     def row(self, row_id: str, *, table: str | None = None) -> dict[str, Any]:
         """Return a row's columns, its table, and its ``vector`` (float32, norm 1, dequantised).
@@ -258,10 +257,20 @@ class Collection:
         parsed = parse_query(query, stated.recipe.dim, self.name)
         return self.row(parsed.row_id, table=parsed.table) if isinstance(parsed, Row) else parsed
 
-    def _vector(self, asked: Asked, stated: Stated) -> npt.NDArray[np.float32]:
-        if isinstance(asked, Item):
-            return self._models.embedder(stated).embed_query(asked)
-        return asked["vector"] if isinstance(asked, dict) else asked
+    def _vectors(self, asked: Sequence[Asked], stated: Stated) -> npt.NDArray[np.float32]:
+        """Return one vector a query, float32 ``(queries, dim)``."""
+        vectors = np.empty((len(asked), stated.recipe.dim), np.float32)
+        items = {place: one for place, one in enumerate(asked) if isinstance(one, Item)}
+        if len(items) == 1:
+            # Its errors speak of "the query", not of the first of several.
+            ((place, item),) = items.items()
+            vectors[place] = self._models.embedder(stated).embed_query(item)
+        elif items:
+            vectors[[*items]] = self._models.embedder(stated).embed_queries(items.values())
+        for place, one in enumerate(asked):
+            if not isinstance(one, Item):
+                vectors[place] = one["vector"] if isinstance(one, dict) else one
+        return vectors
 
     def _reranker(self, rerank: Reranker | str | Path, recipe: Recipe) -> Reranker:
         if isinstance(rerank, str | Path):
@@ -283,7 +292,7 @@ class Collection:
         wanted = top_k + isinstance(asked, dict)
         hits = search(
             opened,
-            self._vector(asked, stated),
+            self._vectors([asked], stated),
             wanted,
             shortlist=max(shortlist, wanted),
             where=where,

@@ -113,6 +113,14 @@ class Root:
         """Return the collection that each alias stands for."""
         return aliases.read(self._store)
 
+    def switch_alias(self, alias: str, collection: str) -> None:
+        """Let an alias stand for a collection from now on, in one commit.
+
+        Raises:
+            ConfigError: If the alias is a collection's name, or there is no such collection.
+        """
+        aliases.switch(self._store, alias, collection)
+
     def collection(self, name: str | None = None) -> Collection:
         """Return a collection by its name or an alias; None: the only one.
 

@@ -12,8 +12,9 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-_NAME_CELLS = 52
-_TEXT_CELLS = 48
+# What the other columns of a table take, and what a name or text is left at the least.
+_OTHER_CELLS = 42
+_LEAST_CELLS = 20
 _KIND_STYLES = {"image": "green", "video": "magenta", "document": "yellow", "text": "blue"}
 
 
@@ -51,9 +52,19 @@ def place(hit: Mapping[str, Any]) -> str:
     return ""
 
 
-def hits_table(hits: pa.Table, title: str) -> Table:
-    """Return a table of hits, as `Collection.search` gives them, for a `rich` console."""
+def hits_table(hits: pa.Table, title: str, *, width: int = 120) -> Table:
+    """Return a table of hits, as `Collection.search` gives them, for a `rich` console.
+
+    Args:
+        hits: Of one query.
+        title: Above them; as unsafe as they are.
+        width: Cells of a line: what names and texts are shortened to.
+    """
     is_reranked = "rerank_score" in hits.column_names
+    texts = sum(text is not None for text in hits["text"].to_pylist())
+    left = max(_LEAST_CELLS, width - (_OTHER_CELLS + 16 * is_reranked))
+    name_cells = left if not texts else max(_LEAST_CELLS, left * 3 // 5)
+    text_cells = max(_LEAST_CELLS, left - name_cells)
     table = Table(
         title=Text(printable(title), "bold"),
         title_justify="left",
@@ -66,23 +77,24 @@ def hits_table(hits: pa.Table, title: str) -> Table:
         table.add_column("rerank", justify="right", style="bold cyan")
     table.add_column("score", justify="right", style="cyan")
     table.add_column("kind")
-    table.add_column("file", no_wrap=True, overflow="ellipsis")
+    table.add_column("file", no_wrap=True)
     table.add_column("place", no_wrap=True)
-    table.add_column("text", no_wrap=True, overflow="ellipsis")
+    if texts:
+        table.add_column("text", no_wrap=True)
     for hit in hits.to_pylist():
         cells = [Text(str(hit["rank"]))]
         if is_reranked:
             score = hit["rerank_score"]
             cells += [Text(str(hit["rank_before"])), Text("–" if score is None else f"{score:.3f}")]
-        name = shortened(printable(hit["uri"] or ""), _NAME_CELLS)
-        text = printable(" ".join((hit["text"] or "").split()))
+        name = shortened(printable(hit["uri"] or ""), name_cells)
+        text = shortened(printable(" ".join((hit["text"] or "").split())), text_cells)
         table.add_row(
             *cells,
             Text(f"{hit['score']:.3f}"),
             Text(printable(hit["kind"]), _KIND_STYLES.get(hit["kind"], "")),
             Text(name),
             Text(place(hit)),
-            Text(shortened(text, _TEXT_CELLS)),
+            *([Text(text)] if texts else []),
         )
     return table
 

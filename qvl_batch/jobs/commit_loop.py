@@ -6,6 +6,7 @@ starts a write and gives a handle, `poll` says which handles are done.
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Counts:
     commits: int = 0
     not_started: int = 0
     failures_by_reason: dict[str, int] = field(default_factory=dict)
+    work: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +217,7 @@ class CommitLoop:
         self._uncommitted.failed += written.failures.num_rows
         self._uncommitted.rows += written.num_rows
         self._uncommitted.tokens += written.num_tokens
+        self._uncommitted.work.update(written.work)
         self.counts.not_started += written.not_started.size
 
     def _marker(self) -> str:
@@ -240,6 +243,7 @@ class CommitLoop:
         self.counts.failed += done.failed
         self.counts.rows += done.rows
         self.counts.tokens += done.tokens
+        self.counts.work.update(done.work)
         self._fragments, self._failures = {}, []
         self._awaited = None
         self._last_commit_s = self._clock()

@@ -9,48 +9,77 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayTaskError
 
+from qvl_batch.config import CommitSection, LimitsSection
 from qvl_batch.errors import InvariantBrokenError
-from qvl_batch.jobs.cluster import Pools
 from qvl_batch.jobs.commit_loop import CommitLoop
 from qvl_batch.jobs.control import RunControl, cause_of
 from qvl_batch.jobs.progress import Progress
-from qvl_batch.jobs.stages import WriteRows, Written
+from qvl_batch.jobs.stages import Written
 from qvl_batch.tables.commit import append, append_failures
-from qvl_batch.tables.layout import partition_json
-
-if TYPE_CHECKING:
-    from qvl_batch.jobs.embed import EmbedJob
+from qvl_batch.tables.store import TableStore
 
 EXIT_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
-
-# Gives the stream of references to embedded blocks for a job, its pools and its control actor.
-Graph = Callable[["EmbedJob", Pools, Any], Iterator[Any]]
 
 _NOTHING_YET = object()
 
 
-def create_tables(job: EmbedJob) -> None:
-    """Create the tables of partitions that get their first units: workers only write files."""
-    names = [
-        name
-        for name in pc.unique(job.plan.todo["_table"]).to_pylist()
-        if name not in job.plan.planned_versions
-    ]
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda name: job.store.create(name, job.schemas[name]), names))
+class WriteStage(Protocol):
+    """Writes a group of blocks without the excluded ordinals, and commits nothing."""
+
+    def __call__(self, blocks: Sequence[pa.Table], exclude: frozenset[int]) -> Written: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one run of a graph is given; jobs differ in nothing else.
+
+    Args:
+        run_id: Of the job's run; stated in every commit.
+        markers: Begins the commits' markers: must differ from any other work that writes.
+        num_ordinals: What the graph delivers, in any grouping, has the ordinals from 0 to this.
+        total: What progress counts towards.
+        unit: What is counted, in the plural.
+        graph: Gives the stream of references to blocks, for the control actor.
+        write: Writes blocks as files.
+        schemas: Of the tables that are written to.
+        planned_versions: Their versions when the work was planned; a table that is not named here
+            is created before the first write.
+        name: Names the ordinal for a person.
+    """
+
+    run_id: str
+    markers: str
+    num_ordinals: int
+    total: int
+    unit: str
+    store: TableStore
+    graph: Callable[[Any], Iterator[Any]]
+    write: WriteStage
+    schemas: Mapping[str, pa.Schema]
+    planned_versions: Mapping[str, int]
+    name: Callable[[int], str]
+    commit: CommitSection
+    limits: LimitsSection
+    write_tasks: int
+
+    def create_tables(self) -> None:
+        """Create the tables that get their first rows: workers only write files."""
+        names = [name for name in self.schemas if name not in self.planned_versions]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda name: self.store.create(name, self.schemas[name]), names))
 
 
 class _RayWrites:
     """`commit_loop.Writes` through Ray tasks."""
 
-    def __init__(self, stage: WriteRows, before_first: Callable[[], None]) -> None:
+    def __init__(self, stage: WriteStage, before_first: Callable[[], None]) -> None:
         self._stage = ray.put(stage)
         self._before_first: Callable[[], None] | None = before_first
         self._write = ray.remote(num_cpus=0, max_retries=3)(_write_group)
@@ -69,71 +98,53 @@ class _RayWrites:
         return {handle: ray.get(handle) for handle in done}
 
 
-def _write_group(stage: WriteRows, exclude: frozenset[int], *blocks: pa.Table) -> Written:
+def _write_group(stage: WriteStage, exclude: frozenset[int], *blocks: pa.Table) -> Written:
     return stage(blocks, exclude)
 
 
 class _Commits:
     """`commit_loop.Tables` through the tables room."""
 
-    def __init__(self, job: EmbedJob) -> None:
-        self._job = job
+    def __init__(self, work: Work) -> None:
+        self._work = work
 
     def append(self, table: str, fragments: Sequence[Mapping[str, Any]], marker: str) -> None:
         append(
-            self._job.store,
+            self._work.store,
             table,
             fragments,
             marker=marker,
-            run_id=self._job.run_id,
+            run_id=self._work.run_id,
             # A table that the plan did not find begins with version 1, which is empty.
-            planned_version=self._job.plan.planned_versions.get(table, 1),
+            planned_version=self._work.planned_versions.get(table, 1),
         )
 
     def append_failures(self, rows: pa.Table, marker: str) -> None:
-        append_failures(self._job.store, rows, marker=marker, run_id=self._job.run_id)
+        append_failures(self._work.store, rows, marker=marker, run_id=self._work.run_id)
 
 
 class Run:
-    """One run of the graph: feeds the commit loop, shows progress, stops in good order."""
+    """One run of a graph: feeds the commit loop, shows progress, stops in good order."""
 
-    def __init__(
-        self, job: EmbedJob, pools: Pools, graph: Graph, echo: Callable[[str], None]
-    ) -> None:
-        self._job = job
-        self._graph = graph
+    def __init__(self, work: Work, echo: Callable[[str], None]) -> None:
+        self._work = work
         self._control = RunControl.remote()
         self._signal: signal.Signals | None = None
         self._blocks: queue.Queue[Any] = queue.Queue(maxsize=64)
-        config = job.config
         self.loop = CommitLoop(
-            num_units=job.plan.todo.num_rows,
-            writes=_RayWrites(
-                WriteRows(
-                    root=job.store.root,
-                    storage=job.storage,
-                    collection=config.output.collection,
-                    schemas=job.schemas,
-                    partitions={
-                        name: partition_json(partition)
-                        for name, partition in job.plan.partitions.items()
-                    },
-                    run_id=job.run_id,
-                ),
-                # Not earlier: a model that does not load must leave no empty tables behind.
-                before_first=lambda: create_tables(job),
-            ),
-            tables=_Commits(job),
-            run_id=job.run_id,
-            interval_s=config.commit.interval_s,
-            fragment_bytes=config.commit.fragment_bytes,
-            max_writes=pools.write_tasks,
-            max_failure_rate=config.limits.max_failure_rate,
-            failure_rate_after_units=config.limits.failure_rate_after_units,
+            num_units=work.num_ordinals,
+            # Not earlier: a model that does not load must leave no empty tables behind.
+            writes=_RayWrites(work.write, before_first=work.create_tables),
+            tables=_Commits(work),
+            run_id=work.markers,
+            interval_s=work.commit.interval_s,
+            fragment_bytes=work.commit.fragment_bytes,
+            max_writes=work.write_tasks,
+            max_failure_rate=work.limits.max_failure_rate,
+            failure_rate_after_units=work.limits.failure_rate_after_units,
         )
-        self._progress = Progress(total=job.plan.todo.num_rows, echo=echo)
+        self._progress = Progress(total=work.total, unit=work.unit, echo=echo)
         self._echo = echo
-        self._pools = pools
 
     def drive(self) -> signal.Signals | None:
         """Run to the end, or to a signal; return the signal that stopped the run."""
@@ -146,10 +157,10 @@ class Run:
                     self._progress.update(self.loop.counts)
                     missing = self.loop.missing()
                     if missing.size:
-                        uri = self._job.plan.todo["uri"][int(missing[0])].as_py()
+                        first = self._work.name(int(missing[0]))
                         raise InvariantBrokenError(
-                            f"{missing.size} units came back neither done nor failed (the first: "
-                            f"{uri}). Run the job again: they are still to do."
+                            f"{missing.size} came back neither done nor failed (the first: "
+                            f"{first}). Run the job again: they are still to do."
                         )
         except RayTaskError as error:
             raise cause_of(error) from error
@@ -163,7 +174,7 @@ class Run:
         try:
             # Asking for the stream waits for its first block: not on the main thread, which must
             # see signals.
-            for bundle in self._graph(self._job, self._pools, self._control):
+            for bundle in self._work.graph(self._control):
                 for entry in bundle.blocks:
                     self._blocks.put((entry.ref, entry.metadata.size_bytes or 0))
             self._blocks.put(None)
@@ -187,7 +198,7 @@ class Run:
             if self._signal is None:
                 continue
             if begun is None:
-                grace_s = self._job.config.limits.stop_grace_s
+                grace_s = self._work.limits.stop_grace_s
                 self._echo(
                     f"{self._signal.name}: stopping; blocks in flight have {grace_s:g} s to end"
                 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
@@ -34,17 +36,17 @@ from qvl_batch.jobs.checkpoint import Model, QwenCheckpoint
 from qvl_batch.jobs.cluster import Pools, choose_pools, connect
 from qvl_batch.jobs.commit_loop import Counts
 from qvl_batch.jobs.control import Load, MayStart
-from qvl_batch.jobs.driver import EXIT_OF_SIGNAL, Run
+from qvl_batch.jobs.driver import EXIT_OF_SIGNAL, Run, Work
+from qvl_batch.jobs.identify import identify
+from qvl_batch.jobs.manifest import read_manifest
 from qvl_batch.jobs.plan import (
     Plan,
     cut_blocks,
-    identify,
     plan_units,
-    read_manifest,
     units_per_block,
 )
 from qvl_batch.jobs.report import RunReport, write_certificate, write_report
-from qvl_batch.jobs.stages import DecodeMedia, DecodingWorker, EmbedMedia
+from qvl_batch.jobs.stages import DecodeMedia, DecodingWorker, EmbedMedia, WriteRows
 from qvl_batch.media.decoder import DecodeLimits
 from qvl_batch.media.fetch import FetchLimits
 from qvl_batch.recipe import Recipe
@@ -195,7 +197,7 @@ def run_embed(
         if job.certificate is not None:
             # Before the first row: the tables state its hash, whatever becomes of the run.
             write_certificate(job.certificate, job.run_id, job.store.root, job.storage)
-        run = Run(job, pools, embed_graph, echo)
+        run = Run(work_of(job, pools), echo)
         try:
             stopped_by = run.drive()
         except QvlError:
@@ -220,6 +222,36 @@ def run_embed(
 def _refresh_catalog(job: EmbedJob, known_files: Mapping[str, list[Mapping[str, Any]]]) -> None:
     names = [name for name in job.plan.partitions if job.store.open(name) is not None]
     catalog.refresh(job.store, names, known_files, run_id=job.run_id)
+
+
+def work_of(job: EmbedJob, pools: Pools) -> Work:
+    """Return what the driver is to run."""
+    plan, config = job.plan, job.config
+    return Work(
+        run_id=job.run_id,
+        markers=job.run_id,
+        num_ordinals=plan.todo.num_rows,
+        total=plan.todo.num_rows,
+        unit="units",
+        store=job.store,
+        graph=functools.partial(embed_graph, job, pools),
+        write=WriteRows(
+            root=job.store.root,
+            storage=job.storage,
+            collection=config.output.collection,
+            schemas=job.schemas,
+            partitions={
+                name: partition_json(partition) for name, partition in plan.partitions.items()
+            },
+            run_id=job.run_id,
+        ),
+        schemas={name: job.schemas[name] for name in pc.unique(plan.todo["_table"]).to_pylist()},
+        planned_versions=plan.planned_versions,
+        name=lambda ordinal: str(plan.todo["uri"][ordinal].as_py()),
+        commit=config.commit,
+        limits=config.limits,
+        write_tasks=pools.write_tasks,
+    )
 
 
 def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:

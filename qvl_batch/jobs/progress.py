@@ -16,8 +16,8 @@ REDRAW_EVERY_S = 0.5
 class Progress:
     """Shows committed units, failures, rate and time left."""
 
-    def __init__(self, *, total: int, echo: Callable[[str], None]) -> None:
-        self._total, self._echo = total, echo
+    def __init__(self, *, total: int, echo: Callable[[str], None], unit: str = "units") -> None:
+        self._total, self._unit, self._echo = total, unit, echo
         self._live = sys.stderr.isatty()
         self._started_s = self._shown_s = time.monotonic()
         self._width = 0
@@ -52,6 +52,6 @@ class Progress:
         rate = ended / elapsed_s if elapsed_s else 0.0
         left = f"{(self._total - ended) / rate:,.0f} s left" if rate else "starting"
         return (
-            f"{ended:,} of {self._total:,} units committed ({counts.failed:,} failed), "
-            f"{counts.rows:,} rows, {rate:,.1f} units/s, {left}"
+            f"{ended:,} of {self._total:,} {self._unit} committed ({counts.failed:,} failed), "
+            f"{counts.rows:,} rows, {rate:,.1f} {self._unit}/s, {left}"
         )

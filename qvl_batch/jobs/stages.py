@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -368,6 +368,7 @@ class Written:
     """What one group of blocks became: fragments by table, not yet visible, and failures.
 
     `ordinals` are all units of the group; those in `not_started` are neither done nor failed.
+    `work` counts what it took, by name.
     """
 
     ordinals: npt.NDArray[np.int64]
@@ -377,3 +378,4 @@ class Written:
     num_units: int
     num_rows: int
     num_tokens: int
+    work: Mapping[str, int] = field(default_factory=dict)

@@ -6,15 +6,17 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvl_batch.errors import ManifestError, StorageError
-from qvl_batch.jobs.plan import Units, identify, read_manifest
+from qvl_batch.jobs.identify import Units, identify
+from qvl_batch.jobs.manifest import read_manifest
 from qvl_batch.storage import Storage
 from qvl_batch.tables.check import LOST, Problem, check_table
 from qvl_batch.tables.layout import partition_json
-from qvl_batch.tables.ledger import done_units, failed_units, table_collection, table_partition
+from qvl_batch.tables.ledger import Failures, done_units, table_collection, table_partition
 from qvl_batch.tables.store import TableStore
 
 LISTED_PROBLEMS = 50
@@ -125,6 +127,7 @@ def _verify_collection(
     findings: list[Problem] = []
     num_rows = num_done = num_failed = 0
     listed = units.partitions if units is not None else {}
+    failures = Failures(store, collection)
     for name in sorted({*names, *listed}):
         dataset = store.open(name)
         partition = listed.get(name)
@@ -132,19 +135,18 @@ def _verify_collection(
             partition = table_partition(dataset)
         if partition is None:
             continue
-        failed = failed_units(store, collection, partition_json(partition))["unit_id"]
-        failed = failed.combine_chunks()
+        done = None if dataset is None else done_units(dataset)
+        failed = failures.of(partition_json(partition), done)["unit_id"].combine_chunks()
         expected = None
         if units is not None:
-            expected = units.rows.filter(pc.equal(units.rows["_table"], name))["unit_id"]
-            expected = expected.combine_chunks()
+            expected = units.ids_of(name)
             num_failed += pc.sum(pc.is_in(expected, value_set=failed)).as_py() or 0
         else:
             num_failed += len(failed)
         if dataset is not None:
             findings += check_table(dataset, expected, failed)
             num_rows += dataset.count_rows()
-            num_done += len(done_units(dataset))
+            num_done += len(done)
         elif expected is not None:
             lost = expected.filter(pc.invert(pc.is_in(expected, value_set=failed)))
             findings += [
@@ -156,7 +158,7 @@ def _verify_collection(
         collection=collection,
         num_tables=len(names),
         num_rows=num_rows,
-        num_units=units.rows.num_rows if units is not None else 0,
+        num_units=len(units) if units is not None else 0,
         num_done=num_done,
         num_failed=num_failed,
         num_unlisted=len(findings) - len(problems),
@@ -169,8 +171,9 @@ def _with_uris(problems: list[Problem], units: Units | None) -> list[Problem]:
     nameless = [p.unit_id for p in problems if p.uri is None and p.unit_id is not None]
     if not nameless or units is None:
         return problems
-    wanted = pc.is_in(units.rows["unit_id"], value_set=pa.array(nameless, pa.string()))
-    hits = units.rows.filter(wanted).select(["unit_id", "uri", "text"]).to_pylist()
+    wanted = pc.is_in(units.ids, value_set=pa.array(nameless, pa.string()))
+    found = np.flatnonzero(wanted.to_numpy(zero_copy_only=False))
+    hits = units.take(found).select(["unit_id", "uri", "text"]).to_pylist()
     names = {hit["unit_id"]: hit["uri"] or hit["text"] for hit in hits}
     return [
         dataclasses.replace(p, uri=names.get(p.unit_id)) if p.uri is None else p for p in problems

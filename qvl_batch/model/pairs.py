@@ -52,6 +52,15 @@ class Pair:
         return (self.instruction, self.query.texts, len(self.query.videos), names)
 
 
+@dataclass(frozen=True, slots=True)
+class PairScore:
+    """A pair's score in 0..1, the tokens of its prompt, and whether texts were cut to fit."""
+
+    score: float
+    num_tokens: int
+    truncated: bool
+
+
 def _names(visions: Sequence[Vision], key: Hashable) -> list[FrameName]:
     if key is None:
         return [FrameName(id(vision), lasting=False) for vision in visions]

@@ -24,7 +24,7 @@ from qvl_batch.model.load import (
 )
 from qvl_batch.model.memory import feature_bytes
 from qvl_batch.model.packing import pack
-from qvl_batch.model.pairs import Pair, shared_prefix
+from qvl_batch.model.pairs import Pair, PairScore, shared_prefix
 from qvl_batch.model.prompt import PromptIds, PromptTokenizer
 from qvl_batch.units import EmbedInput
 
@@ -146,6 +146,13 @@ class RerankEngine:
 
     def score_pairs(self, pairs: Sequence[Pair]) -> list[float | UnitError]:
         """Return one score in 0..1 per pair, or why there is none; pairs may come in any order."""
+        return [
+            result if isinstance(result, UnitError) else result.score
+            for result in self.judge_pairs(pairs)
+        ]
+
+    def judge_pairs(self, pairs: Sequence[Pair]) -> list[PairScore | UnitError]:
+        """Do as `score_pairs`, and say also what was scored."""
         results: list[float | UnitError | None] = [None] * len(pairs)
         prompts: dict[int, PromptIds] = {}
         for index, pair in enumerate(pairs):
@@ -170,7 +177,15 @@ class RerankEngine:
         counts.num_visions += len(uses)
         counts.num_visions_encoded += self._packed.tower.num_encoded - encoded_before
         counts.num_tokens += sum(len(prompt.ids) for prompt in prompts.values())
-        return results
+        judged: list[PairScore | UnitError] = []
+        for index, result in enumerate(results):
+            if isinstance(result, float):
+                prompt = prompts[index]
+                judged.append(PairScore(result, len(prompt.ids), prompt.truncated))
+            else:
+                assert result is not None
+                judged.append(result)
+        return judged
 
     def _groups(self, pairs: Sequence[Pair], prompts: dict[int, PromptIds]) -> list[_Group]:
         """Return the pairs by what they share; every index of ``prompts`` once."""

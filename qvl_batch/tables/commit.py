@@ -7,6 +7,7 @@ error, the versions since the run's first are searched for it.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,9 +36,11 @@ ATTEMPTS = 20
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 # Operations after which the rows that this run planned with may be others.
-_CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore")
+_CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore", "Update")
 
 Commit = Callable[[TableStore, str, lance.Transaction], int]
+# What to commit, made from the version that it goes on; None: there is nothing to do.
+Build = Callable[[lance.LanceDataset], lance.LanceOperation.BaseOperation | None]
 
 
 def commit_transaction(store: TableStore, table: str, transaction: lance.Transaction) -> int:
@@ -56,6 +59,7 @@ def append(
     marker: str,
     run_id: str,
     planned_version: int | None = None,
+    since: int = 0,
     commit: Commit = commit_transaction,
     attempts: int = ATTEMPTS,
 ) -> int:
@@ -67,8 +71,8 @@ def append(
             another process, this returns the version that already holds it.
         run_id: Of the run that commits.
         planned_version: The version from which this run planned what is left to do. Versions
-            after it are searched for the marker and for other writers. None: all versions are
-            searched for the marker, and other writers are allowed.
+            after it are searched for the marker and for other writers. None: those after ``since``
+            are searched for the marker, and other writers are allowed.
         commit: Does one attempt; for tests of lost acknowledgements.
         attempts: How often it is tried: 20 take up to half a minute.
 
@@ -83,9 +87,27 @@ def append(
         StorageError: If the store fails for longer than the retries last.
         RunFailedError: If all attempts lost against other commits.
     """
-    exclusive = planned_version is not None
-    return _append_once(
-        store, table, fragments, marker, run_id, planned_version or 0, exclusive, commit, attempts
+    if not fragments:
+        return _open(store, table).version
+
+    @functools.cache
+    def checked_once() -> None:
+        check_files(store, table, fragments)
+
+    def build(_: lance.LanceDataset) -> lance.LanceOperation.Append:
+        checked_once()
+        return lance.LanceOperation.Append(list(iter_fragments(fragments)))
+
+    return commit_once(
+        store,
+        table,
+        build,
+        marker=marker,
+        run_id=run_id,
+        since=since if planned_version is None else planned_version,
+        exclusive=planned_version is not None,
+        commit=commit,
+        attempts=attempts,
     )
 
 
@@ -113,22 +135,39 @@ def append_failures(
     if found is not None:
         return found
     fragments = write_to(store, FAILURES_TABLE, rows)
-    return _append_once(
-        store, FAILURES_TABLE, fragments, marker, run_id, since, False, commit, ATTEMPTS
+    return append(
+        store, FAILURES_TABLE, fragments, marker=marker, run_id=run_id, commit=commit, since=since
     )
 
 
-def _append_once(
+def commit_once(
     store: TableStore,
     table: str,
-    fragments: Sequence[WrittenFragment],
+    build: Build,
+    *,
     marker: str,
     run_id: str,
     since: int,
     exclusive: bool,
-    commit: Commit,
-    attempts: int,
+    commit: Commit = commit_transaction,
+    attempts: int = ATTEMPTS,
 ) -> int:
+    """Commit one operation exactly once, whatever gets lost on the way.
+
+    Args:
+        build: Makes the operation from the version that it is based on; called at each attempt.
+        marker: Unique for what is committed; a version after ``since`` that holds it ends the work.
+        run_id: Of the run that commits.
+        since: Versions after it are looked at.
+        exclusive: Whether a change of the rows by another run since then is refused.
+
+    Returns:
+        The version that holds the operation; the present one if there was nothing to do.
+
+    Raises:
+        LeaseHeldError, InvariantBrokenError, StorageError, RunFailedError: As `append`.
+    """
+
     def standing(latest: lance.LanceDataset) -> int | None:
         stamps = stamps_since(store, table, latest, since)
         found = _find(stamps, table, marker)
@@ -136,10 +175,7 @@ def _append_once(
             _refuse_other_runs(stamps, table, run_id)
         return found
 
-    if not fragments:
-        return _open(store, table).version
     cause: Exception = RunFailedError("never tried")
-    checked = False
     for attempt in range(attempts):
         if attempt:
             time.sleep(_pause_s(attempt))
@@ -148,12 +184,12 @@ def _append_once(
             found = standing(latest)
             if found is not None:
                 return found
-            if not checked:
-                check_files(store, table, fragments)
-                checked = True
+            operation = build(latest)
+            if operation is None:
+                return latest.version
             transaction = lance.Transaction(
                 latest.version,
-                lance.LanceOperation.Append(list(iter_fragments(fragments))),
+                operation,
                 transaction_properties={MARKER: marker, RUN_ID: run_id},
             )
             commit(store, table, transaction)

@@ -50,25 +50,49 @@ def done_units(ds: lance.LanceDataset) -> pa.Array:
     return pc.unique(pa.concat_arrays(seen))
 
 
-def failed_units(store: TableStore, collection: str, partition_json: str) -> pa.Table:
-    """Return the failures that count: the latest attempt of each unit that has no rows.
+class Failures:
+    """The failures of a collection, read once for all its partitions.
 
-    Columns ``unit_id, stage, error_type, message, retryable, attempt, uri, failed_at``, sorted by
-    unit_id; no rows if nothing ever failed.
+    Raises:
+        StorageError: If the table can not be read.
+    """
+
+    def __init__(self, store: TableStore, collection: str) -> None:
+        self._empty = pa.schema([FAILURES.field(name) for name in _VIEW_COLUMNS]).empty_table()
+        self._rows: dict[str, pa.Table] = {}
+        dataset = store.open(FAILURES_TABLE)
+        if dataset is None:
+            return
+        rows = dataset.to_table(
+            columns=["partition", *_VIEW_COLUMNS], filter=pc.field("collection") == collection
+        )
+        for partition in pc.unique(rows["partition"]).to_pylist():
+            mine = rows.filter(pc.equal(rows["partition"], partition))
+            self._rows[partition] = mine.select(_VIEW_COLUMNS)
+
+    def of(self, partition_json: str, done: pa.Array | None) -> pa.Table:
+        """Return the failures that count in a partition: the latest of each unit without rows.
+
+        Columns ``unit_id, stage, error_type, message, retryable, attempt, uri, failed_at``, sorted
+        by unit_id; no rows if nothing ever failed.
+
+        Args:
+            partition_json: As `layout.partition_json` gives it.
+            done: unit_ids that have rows; None if there is no table.
+        """
+        rows = self._rows.get(partition_json, self._empty)
+        return latest_failures(rows, done).cast(self._empty.schema)
+
+
+def failed_units(store: TableStore, collection: str, partition_json: str) -> pa.Table:
+    """Return `Failures.of` one partition.
 
     Raises:
         StorageError: If a table can not be read.
     """
-    failures = store.open(FAILURES_TABLE)
-    empty = pa.schema([FAILURES.field(name) for name in _VIEW_COLUMNS]).empty_table()
-    if failures is None:
-        return empty
-    rows = failures.to_table(
-        columns=list(_VIEW_COLUMNS),
-        filter=f"collection = {sql_text(collection)} AND partition = {sql_text(partition_json)}",
-    )
     ds = store.open(table_name(collection, partition_from_json(partition_json)))
-    return latest_failures(rows, None if ds is None else done_units(ds)).cast(empty.schema)
+    done = None if ds is None else done_units(ds)
+    return Failures(store, collection).of(partition_json, done)
 
 
 def latest_failures(rows: pa.Table, done: pa.Array | None) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ import pyarrow.compute as pc
 _BLOCK_ROWS = 8192
 _SCAN_ROWS = 32_768
 _OFFSET = "_rowoffset"
+# BLAS is three times as fast as the sum that ties need; but it wants its error bounded, which costs
+# as much as a query.
+_QUERIES_FOR_BLAS = 4
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,12 @@ def nearest_bits(
         table = _words(_values(matrix["vector_bits"]))
         for start in range(0, len(table), _BLOCK_ROWS):
             rows = np.ascontiguousarray(table[start : start + _BLOCK_ROWS].T)
+            here = offsets[start : start + _BLOCK_ROWS]
             differing, counts = np.empty_like(rows), np.empty(rows.shape, np.uint8)
             for query, chosen in zip(words, best, strict=True):
                 np.bitwise_xor(rows, query[:, None], out=differing)
                 np.bitwise_count(differing, out=counts)
-                chosen.add(counts.sum(axis=0, dtype=np.uint16), offsets[start:])
+                chosen.add(counts.sum(axis=0, dtype=np.uint16), here)
     return _joined(best)
 
 
@@ -76,9 +81,22 @@ def nearest_bits_indexed(
     Rows that are not indexed yet are found too. Same arguments and result as `nearest_bits`, but
     of the rows that tie with the k-th a few may be missing.
     """
+    return _indexed(dataset, "vector_bits", "hamming", bits, k, where, nprobes, np.uint16)
+
+
+def _indexed(
+    dataset: lance.LanceDataset,
+    column: str,
+    metric: str,
+    queries: npt.NDArray[np.generic],
+    k: int,
+    where: pc.Expression | None,
+    nprobes: int,
+    key_type: type[np.generic],
+) -> Near:
     # A manifest may have a column of this name; Lance then refuses several queries in one call.
     together = "query_index" not in dataset.schema.names
-    parts = [bits] if together else np.split(bits, len(bits))
+    parts = [queries] if together else np.split(queries, len(queries))
     found = []
     for first, part in enumerate(parts):
         rows = dataset.to_table(
@@ -86,17 +104,17 @@ def nearest_bits_indexed(
             filter=where,
             prefilter=True,
             nearest={
-                "column": "vector_bits",
+                "column": column,
                 "q": part if together else part[0],
                 # Lance takes any of the rows that tie at the end of its list: a few more, so that
                 # the cut falls among rows that are all here.
                 "k": k + k // 4 + 8,
-                "metric": "hamming",
+                "metric": metric,
                 "nprobes": nprobes,
             },
         )
         number = rows["query_index"].to_numpy() if together else np.full(rows.num_rows, first)
-        distance = rows["_distance"].to_numpy().astype(np.uint16)
+        distance = rows["_distance"].to_numpy().astype(key_type)
         found.append((number, distance, rows[_OFFSET].to_numpy()))
     query, key, offset = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.lexsort((offset, key, query))
@@ -120,13 +138,36 @@ def nearest_vectors(
     best = [_Best(k, np.float32, dataset) for _ in queries]
     for offsets, batch in _batches(dataset, vector_columns(dataset), where):
         for start in range(0, batch.num_rows, _BLOCK_ROWS):
-            block = Vectors.of(batch.slice(start, _BLOCK_ROWS))
-            for query, chosen in zip(queries, best, strict=True):
-                chosen.add(-block.scores(query), offsets[start:])
+            block = Vectors.of(batch.slice(start, _BLOCK_ROWS)).as_float32()
+            here = offsets[start : start + _BLOCK_ROWS]
+            if len(queries) < _QUERIES_FOR_BLAS:
+                for query, chosen in zip(queries, best, strict=True):
+                    chosen.add(-block.scores(query), here)
+                continue
+            rough, error = block.rough_scores(queries)
+            for number, chosen in enumerate(best):
+                least = chosen.least_score(rough[:, number], error[number])
+                rows = np.flatnonzero(rough[:, number] >= least)
+                chosen.add(-block.take(rows).scores(queries[number]), here[rows])
     return _joined(best)
 
 
+def nearest_vectors_indexed(
+    dataset: lance.LanceDataset,
+    queries: npt.NDArray[np.float32],
+    k: int,
+    where: pc.Expression | None,
+    nprobes: int,
+) -> Near:
+    """Return k rows a query that the table's index of its float vectors holds for the nearest.
+
+    Keys are of this table alone, float32: distances of vectors that an index has quantised.
+    """
+    return _indexed(dataset, "vector", "dot", queries, k, where, nprobes, np.float32)
+
+
 def vector_columns(dataset: lance.LanceDataset) -> list[str]:
+    """Return the columns that a row is scored by."""
     if "vector" in dataset.schema.names:
         return ["vector"]
     return ["vector_int8", "vector_scale"]
@@ -148,11 +189,30 @@ class Vectors:
     def take(self, rows: npt.NDArray[np.intp]) -> Vectors:
         return Vectors(self.values[rows], None if self.scale is None else self.scale[rows])
 
+    def as_float32(self) -> Vectors:
+        return Vectors(self.values.astype(np.float32, copy=False), self.scale)
+
     def scores(self, query: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the dot product of each row with the query, float32 (n,)."""
         # Not BLAS: its rounding depends on a row's place in the block, so equal rows would not tie.
         products = np.einsum("ij,j->i", self.values.astype(np.float32, copy=False), query)
         return products if self.scale is None else products * self.scale
+
+    def rough_scores(
+        self, queries: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return scores (n, q) by BLAS, and for each query how far they are from `scores` at most.
+
+        A sum of d products in any order is within ``d * 2^-24 * |x| * |q|`` of the true one: twice
+        that between two orders, and as much again for the rounding of scale and norms.
+        """
+        rough = self.values @ queries.T
+        norms = np.sqrt(np.einsum("ij,ij->i", self.values, self.values))
+        if self.scale is not None:
+            rough *= self.scale[:, None]
+            norms *= self.scale
+        error = 4 * queries.shape[1] * 2.0**-24 * norms.max() * np.linalg.norm(queries, axis=1)
+        return rough, error
 
 
 class _Best:
@@ -168,7 +228,7 @@ class _Best:
         self._limit = 4 * k + 1024
 
     def add(self, keys: npt.NDArray[np.generic], offsets: npt.NDArray[np.int64]) -> None:
-        """Take note of a block; ``offsets`` may be longer than ``keys``."""
+        """Take note of a block of rows."""
         near = np.arange(len(keys)) if self._cut is None else np.flatnonzero(keys <= self._cut)
         if not len(near):
             return
@@ -177,6 +237,13 @@ class _Best:
         self._count += len(near)
         if self._count > self._limit:
             self._keep()
+
+    def least_score(self, rough: npt.NDArray[np.float32], error: float) -> float:
+        """Return the least rough score of a row that may have to be added."""
+        least = -math.inf if self._cut is None else -float(self._cut)
+        if len(rough) > self._k:
+            least = max(least, float(np.partition(rough, -self._k)[-self._k]) - error)
+        return least - error
 
     def sorted(self) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int64]]:
         """Return keys and offsets, nearest first."""

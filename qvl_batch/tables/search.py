@@ -46,8 +46,8 @@ def search(
     """Return the rows nearest to each query, over all tables, best first.
 
     Of the tables that hold bits and vectors, the ``shortlist`` nearest rows by Hamming distance
-    over all of them (ties by row_id, then table) are scored by their vectors. All rows of the
-    other tables are scored. A score is the dot product in float32 with ``vector`` or
+    over all of them (ties by row_id, then table) are scored by their vectors. All rows of
+    the other tables are scored. A score is the dot product in float32 with ``vector`` or
     ``vector_int8 * vector_scale``; without those, or without ``rescore``, it is
     ``1 - 2 * hamming / dim``. For unit vectors both are cosines, true or estimated.
 
@@ -60,8 +60,8 @@ def search(
         columns: Further columns of the tables to return.
         where: A filter (see `filters`), applied before the search. Literals need the exact type
             of their column.
-        nprobes: Tables whose Hamming index is used, and how many of its lists are read. Other
-            tables are scanned.
+        nprobes: Tables whose index is used, and how many of its lists are read: the index of
+            ``vector_bits``, or of ``vector`` where there are no bits. Other tables are scanned.
 
     Returns:
         ``query`` int32 (its position), ``rank`` int32 from 1, ``score`` float32, ``table``,
@@ -135,6 +135,11 @@ class _Table:
     rescored: bool
     nprobes: int | None
 
+    @property
+    def in_shortlist(self) -> bool:
+        """Whether its candidates compete by Hamming distance with those of other tables."""
+        return self.by_bits and self.rescored
+
     @classmethod
     def of(
         cls, name: str, dataset: lance.LanceDataset, dim: int, rescore: bool, nprobes: int | None
@@ -155,6 +160,9 @@ class _Table:
         has_bits = "vector_bits" in schema.names
         has_vectors = "vector" in schema.names or "vector_int8" in schema.names
         rescored = has_bits and has_vectors and rescore
+        if not has_bits and "vector" in schema.names and nprobes is not None:
+            # What an index of float vectors says is not exact: rescored, and never compared.
+            rescored = True
         return cls(name, dataset, dim, has_bits, rescored, nprobes)
 
     def check_columns(self, wanted: Sequence[str]) -> None:
@@ -170,7 +178,11 @@ class _Table:
         """Return the first stage's candidates; final scores (sign turned) if not rescored."""
         k = asked.shortlist if self.rescored else asked.top_k
         if not self.by_bits:
-            return nearest.nearest_vectors(self.dataset, queries, k, asked.where)
+            if not self.rescored:
+                return nearest.nearest_vectors(self.dataset, queries, k, asked.where)
+            return nearest.nearest_vectors_indexed(
+                self.dataset, queries, k, asked.where, self.nprobes
+            )
         bits = np.packbits(queries > 0, axis=1)
         if self.nprobes is None:
             near = nearest.nearest_bits(self.dataset, bits, k, asked.where)
@@ -256,8 +268,9 @@ def _cut(
 ) -> list[Near]:
     """Keep what can still be among a query's best over all tables, every tie included."""
     kept = list(near)
-    for rescored, k in ((True, asked.shortlist), (False, asked.top_k)):
-        group = [i for i, table in enumerate(tables) if table.rescored == rescored]
+    in_shortlist = [i for i, table in enumerate(tables) if table.in_shortlist]
+    scored = [i for i, table in enumerate(tables) if not table.rescored]
+    for group, k in ((in_shortlist, asked.shortlist), (scored, asked.top_k)):
         if len(group) < 2:
             continue
         query = np.concatenate([near[i].query for i in group])
@@ -291,17 +304,17 @@ def _merged(tables: Sequence[_Table], pairs: Sequence[_Pairs], asked: _Asked) ->
     offset = np.concatenate([one.near.offset for one in pairs])
     score = np.concatenate([one.score for one in pairs])
     row_id = _ranks([one.row_id for one in pairs])
-    rescored = np.repeat([one.rescored for one in tables], [len(one.score) for one in pairs])
-    listed = np.flatnonzero(rescored)
-    if len(listed):
+    sizes = [len(one.score) for one in pairs]
+    in_shortlist = np.repeat([one.in_shortlist for one in tables], sizes)
+    kept = np.arange(len(query))
+    if in_shortlist.any():
+        listed = np.flatnonzero(in_shortlist)
         distance = np.concatenate(
-            [one.near.key for one, table in zip(pairs, tables, strict=True) if table.rescored]
+            [one.near.key for one, of in zip(pairs, tables, strict=True) if of.in_shortlist]
         )
         order = np.lexsort((table[listed], row_id[listed], distance, query[listed]))
         inside = listed[order][_positions(query[listed][order]) < asked.shortlist]
-        kept = np.concatenate([inside, np.flatnonzero(~rescored)])
-    else:
-        kept = np.arange(len(query))
+        kept = np.concatenate([inside, np.flatnonzero(~in_shortlist)])
     order = kept[np.lexsort((row_id[kept], table[kept], -score[kept], query[kept]))]
     position = _positions(query[order])
     top = order[position < asked.top_k]

@@ -7,14 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from qvl_batch.errors import ManifestError
-from qvl_batch.jobs.plan import (
-    check_manifest,
-    cut_blocks,
-    identify,
-    read_manifest,
-    split_failed,
-    units_per_block,
-)
+from qvl_batch.jobs.identify import identify
+from qvl_batch.jobs.manifest import check_manifest, read_manifest
+from qvl_batch.jobs.plan import cut_blocks, split_failed, units_per_block
 from qvl_batch.recipe import DocumentBudget, ImageBudget, Recipe, VideoBudget
 from qvl_batch.storage import Storage
 from qvl_batch.units import media_id, unit_id
@@ -38,7 +33,8 @@ def test_ids_follow_place_caption_and_etag():
             ]
         ),
         "media",
-    ).rows
+    )
+    units = units.take(np.arange(len(units)))
     media = units["media_id"].to_pylist()
     assert media[0] == media[1] != media[2]
     assert units["unit_id"].to_pylist()[0] == unit_id(media_id("s3://b/a.png"), "1")
@@ -50,9 +46,36 @@ def test_ids_follow_place_caption_and_etag():
 def test_equal_rows_collapse_within_a_partition_only():
     row = {"uri": "/a.png", "kind": "image", "etag": "1", "dt": "1"}
     units = identify(manifest_of([row, row, row | {"dt": "2"}], ["dt"]), "media")
-    assert units.rows.num_rows == 2
+    assert len(units) == 2
     assert units.num_duplicates == 1
     assert sorted(units.partitions) == ["media__dt-1", "media__dt-2"]
+
+
+def test_of_many_rows_the_first_of_equal_ones_stands():
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 400, 1000)
+    rows = [{"uri": f"/{n}.png", "kind": "image", "dt": str(n % 3)} for n in numbers.tolist()]
+    units = identify(manifest_of(rows, ["dt"]), "media")
+    firsts = {n: i for i, n in reversed(list(enumerate(numbers.tolist())))}
+    assert units.rows.tolist() == sorted(firsts.values())
+    assert units.num_duplicates == 1000 - len(firsts)
+    for day in "012":
+        positions = units.of_table(f"media__dt-{day}")
+        taken = units.take(positions)
+        assert set(taken["dt"].to_pylist()) == {day}
+        assert set(taken["_table"].to_pylist()) == {f"media__dt-{day}"}
+        assert taken["unit_id"].to_pylist() == units.ids_of(f"media__dt-{day}").to_pylist()
+    assert len(units.of_table("media__dt-9")) == 0
+
+
+def test_values_of_several_keys_make_one_table_each():
+    rows = [{"uri": f"/{i}", "kind": "image", "a": i % 2, "b": f"x{i % 3}"} for i in range(12)]
+    units = identify(manifest_of(rows, ["a", "b"]), "media")
+    assert len(units.tables) == len(set(units.tables)) == 6
+    for name, partition in units.partitions.items():
+        taken = units.take(units.of_table(name))
+        found = set(zip(taken["a"].to_pylist(), taken["b"].to_pylist(), strict=True))
+        assert found == {(int(dict(partition)["a"]), dict(partition)["b"])}
 
 
 def test_rows_of_one_unit_that_differ_are_refused_with_the_column():

@@ -1,0 +1,116 @@
+"""Leases: one live holder a table, on disk and on S3."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from qvl_batch.errors import LeaseHeldError, LeaseLostError
+from qvl_batch.tables.conditional import Place, check_exclusive
+from qvl_batch.tables.lease import Leases, holders, live_runs
+
+TABLES = ["media__dt-1", "media__dt-2"]
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path) -> Place:
+    if request.param == "local":
+        from qvl_batch.storage import Storage
+
+        return Place(str(tmp_path / "_qvl_leases"), Storage())
+    bucket = request.getfixturevalue("bucket")
+    return Place(bucket.uri("root/_qvl_leases"), bucket.storage)
+
+
+def test_one_holder_and_who_it_is(place) -> None:
+    with Leases(place, "run-a") as first:
+        assert first.acquire(TABLES) == []
+        with pytest.raises(LeaseHeldError) as refused, Leases(place, "run-b") as second:
+            second.acquire(TABLES[1:])
+        assert refused.value.exit_code == 3
+        assert "run-a" in str(refused.value)
+        assert "process" in str(refused.value)
+        first.confirm(TABLES[0])
+        # Another partition of the same root is free.
+        with Leases(place, "run-c") as third:
+            assert third.acquire(["media__dt-3"]) == []
+    assert live_runs(place) == set()
+    with Leases(place, "run-d") as after:
+        # Released: nobody is left who could still commit.
+        assert after.acquire(TABLES) == []
+        assert live_runs(place) == {"run-d"}
+
+
+def test_of_many_at_once_one_wins_all(place) -> None:
+    def race(number: int) -> str:
+        leases = Leases(place, f"run-{number}")
+        try:
+            leases.acquire(TABLES)
+        except LeaseHeldError:
+            return ""
+        return leases.run_id
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [run for run in pool.map(race, range(8)) if run]
+    assert len(won) == 1
+    assert {holder.run_id for holder in holders(place)} == set(won)
+
+
+def test_the_dead_are_taken_over_and_fenced(tmp_path) -> None:
+    from qvl_batch.storage import Storage
+
+    root = str(tmp_path / "_qvl_leases")
+    script = (
+        "import os, signal\n"
+        "from qvl_batch.storage import Storage\n"
+        "from qvl_batch.tables.conditional import Place\n"
+        "from qvl_batch.tables.lease import Leases\n"
+        f"Leases(Place({root!r}, Storage()), 'dead', ttl_s=2).acquire({TABLES!r})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    place = Place(root, Storage())
+    with pytest.raises(LeaseHeldError), Leases(place, "early", ttl_s=1) as early:
+        early.acquire(TABLES)
+    with Leases(place, "thief", ttl_s=2) as thief:
+        assert thief.acquire(TABLES[:1], steal=True) == TABLES[:1]
+    time.sleep(2.1)
+    with Leases(place, "heir", ttl_s=2) as heir:
+        # The thief has released the first; the second was the dead run's.
+        assert heir.acquire(TABLES) == TABLES[1:]
+
+
+def test_a_run_that_was_taken_for_dead_may_not_go_on(place) -> None:
+    slept = Leases(place, "slept", ttl_s=60)
+    slept.acquire(TABLES)
+    slept.check()
+    with Leases(place, "heir") as heir:
+        assert heir.acquire(TABLES, steal=True) == TABLES
+        with pytest.raises(LeaseLostError, match="heir"):
+            slept.confirm(TABLES[0])
+        with pytest.raises(LeaseLostError):
+            slept.check()
+    slept.release()
+    assert {holder.run_id for holder in holders(place)} == {"heir"}
+
+
+def test_without_renewal_in_time_a_run_stops_by_itself(tmp_path) -> None:
+    from qvl_batch.storage import Storage
+
+    place = Place(str(tmp_path / "l"), Storage())
+    lease = Leases(place, "run", ttl_s=1.5)
+    lease.acquire(TABLES)
+    time.sleep(2.5)
+    lease.check()  # renewed meanwhile
+    lease._stop.set()
+    time.sleep(1.7)
+    with pytest.raises(LeaseLostError, match="renewed"):
+        lease.check()
+
+
+def test_the_stores_of_the_tests_are_exclusive(place) -> None:
+    check_exclusive(place)
