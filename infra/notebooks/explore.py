@@ -1,0 +1,406 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What is in these tables?
+#
+# `qvl-batch embed` turns pictures, pages, videos and texts into vectors: lists of numbers that lie
+# close together when their contents are alike. It writes them to plain LanceDB tables. This
+# notebook looks at such tables, asks them a question, and shows how far the answers can be trusted.
+#
+# Each row is one vector: of a picture, of a text, of one page of a document, or of a video. Rows
+# lie in one table a partition (a day, say). All tables that were made in the same way form a
+# collection.
+#
+# Settings are environment variables, so that the notebook can stay as it is:
+#
+# | variable | meaning |
+# |---|---|
+# | `QVL_ROOT` | folder or `s3://` address of the tables; default: what `qvl-batch demo` writes |
+# | `QVL_COLLECTION` | which collection; default: the first |
+# | `QVL_MODEL` | embedding model, if it does not lie where the tables say |
+# | `QVL_RERANKER` | reranker model; without it that section is left out |
+# | `QVL_QUERY` | the question |
+
+# %%
+import os
+
+import duckdb
+import lancedb
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from IPython.display import Markdown, display
+
+import qvl_batch
+
+ROOT = os.environ.get("QVL_ROOT", "qvl-demo/vectors")
+QUERY = os.environ.get("QVL_QUERY", "two red circles")
+RERANKER = os.environ.get("QVL_RERANKER")
+# Rows looked at where all would be too many: of every table its share.
+SAMPLE = 5_000
+
+COLOURS = {
+    "text": "#4878d0",
+    "image": "#ee854a",
+    "document": "#6acc64",
+    "video": "#d65f5f",
+    "mixed": "#956cb4",
+}
+plt.rcParams |= {
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+}
+pd.options.display.max_colwidth = 70
+
+
+def short(uri):
+    """The end of an address: enough to know a file by."""
+    return "" if uri is None else "/".join(str(uri).split("/")[-2:])
+
+
+# %% [markdown]
+# ## Connect
+#
+# `connect` reads names and counts only; no model is loaded before the first question. `health`
+# compares tables and catalog and names whatever does not fit.
+
+# %%
+root = qvl_batch.connect(ROOT, model=os.environ.get("QVL_MODEL"))
+print(root.health())
+
+# %%
+collections = root.collections().to_pandas()
+name = os.environ.get("QVL_COLLECTION") or collections["collection"][0]
+collection = root.collection(name)
+collections.drop(columns=["recipe_id"])
+
+# %% [markdown]
+# ## What is there
+#
+# One line a partition. Failures are media that could not be embedded (broken, missing, too large);
+# the table `_qvl_failures` has the reason of each.
+
+# %%
+partitions = collection.partitions().to_pandas()
+partitions[["partition", "num_rows", "num_units", "num_failures", "updated_at"]]
+
+
+# %%
+def sample_rows(columns, size=SAMPLE):
+    """Rows of the collection's tables, from each in proportion; all of them if there are few."""
+    database = lancedb.connect(ROOT)
+    share = min(1.0, size / max(1, partitions["num_rows"].sum()))
+    parts = []
+    for table in partitions["table"]:
+        dataset = database.open_table(table).to_lance()
+        wanted = round(share * dataset.count_rows())
+        if wanted:
+            parts.append(dataset.sample(wanted, columns=columns).replace_schema_metadata(None))
+    return pa.concat_tables(parts)
+
+
+stored = [field.name for field in collection.schema if field.name.startswith("vector")]
+rows = sample_rows(["row_id", "uri", "kind", "text", "num_tokens", "truncated", *stored])
+frame = rows.drop_columns(stored).to_pandas()
+kinds = [kind for kind in COLOURS if kind in set(frame["kind"])]
+sampled = "all rows" if len(frame) == collection.count else f"a sample of {len(frame):,} rows"
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+frame["kind"].value_counts()[kinds].plot.barh(ax=left, color=[COLOURS[kind] for kind in kinds])
+left.set(title="Rows of each kind", xlabel="rows", ylabel="")
+left.bar_label(left.containers[0], padding=3)
+for place, kind in enumerate(kinds):
+    tokens = frame.loc[frame["kind"] == kind, "num_tokens"]
+    right.boxplot(
+        tokens,
+        positions=[place],
+        orientation="horizontal",
+        widths=0.6,
+        patch_artist=True,
+        boxprops={"facecolor": COLOURS[kind]},
+        medianprops={"color": "black"},
+    )
+right.set_yticks(range(len(kinds)), kinds)
+right.set(title="Size of a row as the model saw it", xlabel="tokens")
+plt.show()
+
+cut = frame["truncated"].mean()
+display(Markdown(f"Drawn from {sampled}. {cut:.1%} of them are texts that were cut to fit."))
+
+# %% [markdown]
+# ## Ask a question
+#
+# The question becomes a vector too, by the same model. `score` is the cosine between the two: 1 for
+# the same direction, 0 for nothing in common. Scores are good for ordering rows; they are no
+# probabilities, and different models have different scales.
+
+# %%
+SHOWN = ["rank", "score", "kind", "file", "page", "start_s", "end_s", "text"]
+
+
+def shown(hits, columns=SHOWN):
+    """Hits as a table to read: columns that are empty throughout are left out."""
+    table = hits.to_pandas().assign(file=lambda hits: hits["uri"].map(short))
+    table = table[[column for column in columns if table[column].notna().any()]]
+    return table.style.format(precision=3, na_rep="").hide(axis="index")
+
+
+hits = collection.search(QUERY, top_k=10)
+display(Markdown(f"Nearest to **{QUERY}**:"))
+shown(hits)
+
+# %% [markdown]
+# A query may also be a picture (`Path("photo.png")`), a vector, or a row. Here: what is most like
+# the best hit?
+
+# %%
+shown(collection.like(hits["row_id"][0].as_py(), top_k=5))
+
+# %% [markdown]
+# ## Filters and facets
+#
+# `where` keeps rows by any column, `partitions` keeps whole tables. Values are values: no SQL is
+# made of them. A facet counts the best hits by such a column.
+
+# %%
+depth = min(50, collection.count)
+deep = collection.search(QUERY, top_k=depth).to_pandas()
+deep["partition"] = deep["table"].map(partitions.set_index("table")["partition"])
+deep.pivot_table(
+    index="partition", columns="kind", values="row_id", aggfunc="count", fill_value=0, margins=True
+)
+
+# %%
+kind = deep["kind"].iloc[-1]
+display(Markdown(f"The same question, answered by rows of kind **{kind}** only:"))
+shown(collection.search(QUERY, top_k=5, where={"kind": kind}))
+
+# %% [markdown]
+# ## How far do the best hits stand out?
+#
+# The scores of many rows for the question. Hits worth looking at stand apart from the bulk on the
+# right. Kinds often have bulks of their own: compare scores within a kind rather than across.
+
+
+# %%
+def as_floats(rows):
+    """The most exact vectors that are stored, float32 (rows, dim), and what they are."""
+    if "vector" in rows.column_names:
+        values = rows["vector"].combine_chunks()
+        floats = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        return floats.reshape(len(rows), -1), str(values.type.value_type).replace("half", "")
+    if "vector_int8" in rows.column_names:
+        ints = rows["vector_int8"].combine_chunks().flatten().to_numpy()
+        scale = rows["vector_scale"].to_numpy()[:, None]
+        return ints.reshape(len(rows), -1).astype(np.float32) * scale, "int8"
+    bits = rows["vector_bits"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
+    signs = np.unpackbits(bits, axis=1).astype(np.float32) * 2 - 1
+    return signs / np.sqrt(signs.shape[1]), "binary"
+
+
+vectors, reference = as_floats(rows)
+scores = vectors @ collection.embed(QUERY)
+tenth = hits["score"][-1].as_py()
+
+fig, ax = plt.subplots(figsize=(9, 3.4))
+ax.hist(
+    [scores[frame["kind"] == kind] for kind in kinds],
+    bins=40,
+    stacked=True,
+    color=[COLOURS[kind] for kind in kinds],
+    label=kinds,
+)
+ax.axvline(tenth, color="black", linestyle="--", linewidth=1)
+ax.annotate(
+    f" the best {len(hits)} →",
+    (tenth, 1),
+    xycoords=("data", "axes fraction"),
+    va="top",
+    fontsize=9,
+)
+ax.set(title=f"Scores of {sampled} for “{QUERY}”", xlabel="score (cosine)", ylabel="rows")
+ax.legend(title="kind")
+plt.show()
+
+# %% [markdown]
+# ## A map
+#
+# The two directions in which the vectors differ most (principal components), drawn flat. What is
+# close here is often alike, but most of the differences are in the directions that are not drawn:
+# the axes say how much is. The best hits are circled.
+
+# %%
+centred = vectors - vectors.mean(axis=0)
+spread, axes = np.linalg.eigh(centred.T @ centred)
+points = centred @ axes[:, ::-1][:, :2]
+drawn = spread[::-1][:2] / spread.sum()
+
+fig, ax = plt.subplots(figsize=(7.5, 6))
+for kind in kinds:
+    of_kind = (frame["kind"] == kind).to_numpy()
+    ax.scatter(*points[of_kind].T, s=22, color=COLOURS[kind], label=kind, alpha=0.75, linewidths=0)
+best = frame["row_id"].isin(hits["row_id"].to_pylist()).to_numpy()
+ax.scatter(*points[best].T, s=110, facecolors="none", edgecolors="black", label=f"best {len(hits)}")
+ax.set(
+    title=f"{sampled.capitalize()}, seen from where they differ most",
+    xlabel=f"1st component ({drawn[0]:.0%} of the variance)",
+    ylabel=f"2nd component ({drawn[1]:.0%} of the variance)",
+    aspect="equal",
+)
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+plt.show()
+
+# %% [markdown]
+# ## What do smaller vectors cost?
+#
+# Vectors can be stored as `float16`, `int8` (one byte a number) or `binary` (one bit a number). We
+# take rows as questions and see how many of the ten nearest rows stay the same when vectors are
+# stored smaller. `binary, then int8` is what search does: signs choose a short list, the bytes put
+# it in order.
+
+# %%
+dim = vectors.shape[1]
+neighbours = min(10, len(vectors) - 1)
+asked = vectors[np.random.default_rng(0).permutation(len(vectors))[:200]]
+
+
+def nearest(scores, count=neighbours + 1):
+    """Positions of the highest scores of each question (the row asked with is among them)."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+
+
+scale = np.abs(vectors).max(axis=1, keepdims=True) / 127
+ints = np.round(vectors / scale) * scale
+signs = np.where(vectors > 0, 1, -1).astype(np.float32)
+
+exact = asked @ vectors.T
+by_int8 = asked @ ints.T
+by_bits = np.where(asked > 0, 1, -1).astype(np.float32) @ signs.T
+shortlist = nearest(by_bits, min(200, max(neighbours + 1, len(vectors) // 5)))
+listed = np.full_like(by_int8, -np.inf)
+np.put_along_axis(listed, shortlist, np.take_along_axis(by_int8, shortlist, axis=1), axis=1)
+
+found = {
+    "float32": (4 * dim, exact),
+    "float16": (2 * dim, asked @ vectors.astype(np.float16).astype(np.float32).T),
+    "int8": (dim + 4, by_int8),
+    "binary, then int8": (dim + 4 + dim / 8, listed),
+    "binary": (dim / 8, by_bits),
+}
+truth = nearest(exact)
+same = {
+    encoding: np.mean([len({*a} & {*b}) / len(a) for a, b in zip(truth, nearest(s), strict=True)])
+    for encoding, (_, s) in found.items()
+}
+
+fig, ax = plt.subplots(figsize=(9, 3.2))
+encodings = list(found)[::-1]
+bars = ax.barh(encodings, [100 * same[encoding] for encoding in encodings], color="#4878d0")
+ax.bar_label(bars, [f"{found[e][0]:,.0f} bytes, {same[e]:.1%}" for e in encodings], padding=3)
+ax.set(
+    title=f"The {neighbours} nearest rows that stay, and bytes a vector of {dim} numbers",
+    xlabel="% of the nearest rows",
+    xlim=(0, 125),
+    xticks=range(0, 101, 20),
+)
+plt.show()
+display(
+    Markdown(
+        f"Compared with the stored `{reference}`, {len(asked)} questions to {sampled}; short list "
+        f"of {shortlist.shape[1]}."
+        + (
+            " No more exact vectors are stored: what that encoding itself lost does not show here."
+            if reference in ("int8", "binary")
+            else ""
+        )
+    )
+)
+
+# %% [markdown]
+# ## Ask a second model
+#
+# A reranker looks at the question and a row's picture, page, video or text together and says how
+# likely it is an answer. That is slower and usually better, so it is asked about the best hits
+# only. The media are read again where they lie.
+
+# %%
+if RERANKER is None:
+    display(Markdown("`QVL_RERANKER` is not set: left out."))
+else:
+    reranked = collection.search(QUERY, top_k=10, rerank=RERANKER, rerank_top=30)
+    columns = ["rank", "rank_before", "rerank_score", *SHOWN[1:]]
+    display(shown(reranked, columns))
+
+# %% [markdown]
+# ## Scores of a rerank job
+#
+# `qvl-batch rerank` does the same for many queries at once and writes tables of scores: one row for
+# each pair of a query and a row that was found for it.
+
+# %%
+database = lancedb.connect(ROOT)
+tables = {table: database.open_table(table) for table in database.list_tables(limit=10_000).tables}
+of_scores = [
+    table
+    for table in tables.values()
+    if (table.schema.metadata or {}).get(b"qvl.kind") == b"scores"
+]
+if not of_scores:
+    display(Markdown("There are no tables of scores under this root."))
+else:
+    pairs = pd.concat([table.to_pandas() for table in of_scores])
+    display(Markdown(f"{len(pairs):,} pairs of {pairs['query_id'].nunique():,} queries."))
+    known = pairs.merge(frame[["row_id", "num_tokens"]], on="row_id", suffixes=("", "_of_row"))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for kind in kinds:
+        of_kind = known[known["kind"] == kind]
+        left.scatter(
+            of_kind["first_score"],
+            of_kind["rerank_score"],
+            s=16,
+            alpha=0.6,
+            linewidths=0,
+            color=COLOURS[kind],
+            label=kind,
+        )
+    left.set(
+        title="Do both models agree?",
+        xlabel="score of the search (cosine)",
+        ylabel="score of the reranker (0 to 1)",
+    )
+    left.legend(title="kind")
+    ranked = pairs.dropna(subset=["rank_after"])
+    right.scatter(ranked["rank_before"], ranked["rank_after"], s=16, alpha=0.5, linewidths=0)
+    last = max(2, ranked[["rank_before", "rank_after"]].max().max())
+    right.plot([1, last], [1, last], color="black", linewidth=1, linestyle="--")
+    right.set(title="Who moved?", xlabel="rank by the search", ylabel="rank by the reranker")
+    plt.show()
+
+# %% [markdown]
+# ## Other tools
+#
+# The tables are plain Lance: DuckDB and polars read them, too, without a copy of the whole. See
+# `README.md` beside this notebook for more.
+
+# %%
+first = tables[partitions["table"][0]].to_lance()
+duckdb.sql(
+    "select kind, count(*) as rows, sum(num_tokens)::bigint as tokens, "
+    "count(*) filter (truncated) as cut from first group by kind order by kind"
+).df()
