@@ -18,6 +18,9 @@ CATALOG_TABLE = "_qvl_catalog"
 # Schema metadata of a partition's table, beside the recipe's.
 COLLECTION_METADATA = "qvl.collection"
 PARTITION_METADATA = "qvl.partition"
+# What a table's rows are: ``vectors`` where it is not stated, ``scores`` or ``candidates``.
+KIND_METADATA = "qvl.kind"
+VECTORS_KIND = "vectors"
 
 MAX_NAME_LENGTH = 200
 _MAX_PLAIN_LENGTH = 64

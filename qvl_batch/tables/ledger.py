@@ -11,7 +11,9 @@ from qvl_batch.schema import FAILURES
 from qvl_batch.tables.layout import (
     COLLECTION_METADATA,
     FAILURES_TABLE,
+    KIND_METADATA,
     PARTITION_METADATA,
+    VECTORS_KIND,
     Partition,
     partition_from_json,
     table_name,
@@ -138,3 +140,8 @@ def table_partition(ds: lance.LanceDataset) -> Partition:
 def table_collection(ds: lance.LanceDataset) -> str:
     """Return the collection stated in a table's schema; '' if it states none."""
     return (ds.schema.metadata or {}).get(COLLECTION_METADATA.encode(), b"").decode()
+
+
+def table_kind(ds: lance.LanceDataset) -> str:
+    """Return what a table's rows are: ``vectors``, ``scores`` or ``candidates``."""
+    return (ds.schema.metadata or {}).get(KIND_METADATA.encode(), VECTORS_KIND.encode()).decode()
