@@ -32,7 +32,11 @@
 # | `QVL_QUERY` | the question |
 
 # %%
+import io
+import json
 import os
+import textwrap
+import warnings
 
 import duckdb
 import lancedb
@@ -43,6 +47,12 @@ import pyarrow as pa
 from IPython.display import Markdown, display
 
 import qvl_batch
+from qvl_batch.errors import UnitError
+from qvl_batch.media.thumbnail import MediaPart, Thumbnailer
+from qvl_batch.storage import Storage
+
+# A progress bar that falls back to plain text is no news.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 ROOT = os.environ.get("QVL_ROOT", "qvl-demo/vectors")
 QUERY = os.environ.get("QVL_QUERY", "two red circles")
@@ -98,6 +108,10 @@ collections.drop(columns=["recipe_id"])
 
 # %%
 partitions = collection.partitions().to_pandas()
+partitions["partition"] = [
+    ", ".join(f"{key}={value}" for key, value in json.loads(partition).items()) or "(all)"
+    for partition in partitions["partition"]
+]
 partitions[["partition", "num_rows", "num_units", "num_failures", "updated_at"]]
 
 
@@ -140,8 +154,8 @@ right.set_yticks(range(len(kinds)), kinds)
 right.set(title="Size of a row as the model saw it", xlabel="tokens")
 plt.show()
 
-cut = frame["truncated"].mean()
-display(Markdown(f"Drawn from {sampled}. {cut:.1%} of them are texts that were cut to fit."))
+cut = int(frame["truncated"].sum())
+display(Markdown(f"Drawn from {sampled}; {cut or 'none'} of them had a text that was cut to fit."))
 
 # %% [markdown]
 # ## Ask a question
@@ -152,25 +166,66 @@ display(Markdown(f"Drawn from {sampled}. {cut:.1%} of them are texts that were c
 
 # %%
 SHOWN = ["rank", "score", "kind", "file", "page", "start_s", "end_s", "text"]
+# What is needed to fetch a row's medium again.
+PLACE = ["etag", "byte_offset", "byte_length"]
 
 
 def shown(hits, columns=SHOWN):
     """Hits as a table to read: columns that are empty throughout are left out."""
     table = hits.to_pandas().assign(file=lambda hits: hits["uri"].map(short))
     table = table[[column for column in columns if table[column].notna().any()]]
-    return table.style.format(precision=3, na_rep="").hide(axis="index")
+    whole = ("rank", "rank_before", "page", "start_s", "end_s")
+    numbers = table.select_dtypes("number").columns
+    formats = {column: "{:.0f}" if column in whole else "{:.3f}" for column in numbers}
+    return table.style.format(formats, na_rep="").hide(axis="index")
 
 
-hits = collection.search(QUERY, top_k=10)
+hits = collection.search(QUERY, top_k=10, columns=PLACE)
 display(Markdown(f"Nearest to **{QUERY}**:"))
 shown(hits)
+
+
+# %% [markdown]
+# The media themselves, fetched again from where they lie: of a video a few frames, of a document
+# the page. What has changed since it was embedded is not shown.
+
+
+# %%
+def pictures(hits, title):
+    """The first picture of each hit, under its score; of a text its beginning."""
+    rows = hits.to_pylist()
+    fields = ("uri", "kind", "page", "start_s", "end_s", *PLACE)
+    parts = [
+        None if row["kind"] == "text" else MediaPart(**{f: row[f] for f in fields}) for row in rows
+    ]
+    with Thumbnailer(Storage.of()) as thumbnailer:
+        made = iter(thumbnailer.thumbnails([part for part in parts if part is not None]))
+    fig, axes = plt.subplots(1, len(rows), figsize=(10, 2.3), squeeze=False)
+    fig.suptitle(title, x=0.01, ha="left", weight="bold")
+    for row, part, ax in zip(rows, parts, axes[0], strict=True):
+        made_of_row = row["text"] if part is None else next(made)
+        if isinstance(made_of_row, UnitError):
+            made_of_row = type(made_of_row).__name__
+        if isinstance(made_of_row, str):
+            words = textwrap.fill(textwrap.shorten(made_of_row, 60), 12)
+            ax.text(0.5, 0.5, words, ha="center", va="center", fontsize=7.5)
+            ax.set_box_aspect(1)
+        else:
+            ax.imshow(plt.imread(io.BytesIO(made_of_row.pictures[0].jpeg), format="jpeg"))
+        ax.set_title(f"{row['score']:.2f}", fontsize=9, weight="normal", loc="center")
+        ax.set(xticks=[], yticks=[], xlabel=row["kind"])
+    plt.show()
+
+
+pictures(hits, f"The best {len(hits)} for “{QUERY}”, with their scores")
 
 # %% [markdown]
 # A query may also be a picture (`Path("photo.png")`), a vector, or a row. Here: what is most like
 # the best hit?
 
 # %%
-shown(collection.like(hits["row_id"][0].as_py(), top_k=5))
+alike = collection.like(hits["row_id"][0].as_py(), top_k=8, columns=PLACE)
+pictures(alike, f"Most like {short(hits['uri'][0].as_py()) or 'the best hit'}")
 
 # %% [markdown]
 # ## Filters and facets
@@ -187,7 +242,8 @@ deep.pivot_table(
 )
 
 # %%
-kind = deep["kind"].iloc[-1]
+others = deep.loc[deep["kind"] != deep["kind"][0], "kind"]
+kind = others.iloc[0] if len(others) else deep["kind"][0]
 display(Markdown(f"The same question, answered by rows of kind **{kind}** only:"))
 shown(collection.search(QUERY, top_k=5, where={"kind": kind}))
 
@@ -277,12 +333,15 @@ plt.show()
 # %%
 dim = vectors.shape[1]
 neighbours = min(10, len(vectors) - 1)
-asked = vectors[np.random.default_rng(0).permutation(len(vectors))[:200]]
+chosen = np.random.default_rng(0).permutation(len(vectors))[:200]
+asked = vectors[chosen]
 
 
-def nearest(scores, count=neighbours + 1):
-    """Positions of the highest scores of each question (the row asked with is among them)."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+def nearest(scores, count=neighbours):
+    """Positions of the highest scores of each question, less the row that is asked with."""
+    others = scores.copy()
+    others[np.arange(len(chosen)), chosen] = -np.inf
+    return np.argsort(-others, axis=1, kind="stable")[:, :count]
 
 
 scale = np.abs(vectors).max(axis=1, keepdims=True) / 127
@@ -292,7 +351,7 @@ signs = np.where(vectors > 0, 1, -1).astype(np.float32)
 exact = asked @ vectors.T
 by_int8 = asked @ ints.T
 by_bits = np.where(asked > 0, 1, -1).astype(np.float32) @ signs.T
-shortlist = nearest(by_bits, min(200, max(neighbours + 1, len(vectors) // 5)))
+shortlist = nearest(by_bits, min(200, max(neighbours, len(vectors) // 5)))
 listed = np.full_like(by_int8, -np.inf)
 np.put_along_axis(listed, shortlist, np.take_along_axis(by_int8, shortlist, axis=1), axis=1)
 
@@ -320,32 +379,28 @@ ax.set(
     xticks=range(0, 101, 20),
 )
 plt.show()
-display(
-    Markdown(
-        f"Compared with the stored `{reference}`, {len(asked)} questions to {sampled}; short list "
-        f"of {shortlist.shape[1]}."
-        + (
-            " No more exact vectors are stored: what that encoding itself lost does not show here."
-            if reference in ("int8", "binary")
-            else ""
-        )
-    )
-)
+lines = [
+    f"{len(asked)} rows as questions to {sampled}; short list of {shortlist.shape[1]}. The truth "
+    f"is the order by the stored `{reference}` vectors."
+]
+if reference in ("int8", "binary"):
+    lines.append(f"What `{reference}` itself lost does not show: nothing more exact is stored.")
+display(Markdown(" ".join(lines)))
 
 # %% [markdown]
 # ## Ask a second model
 #
 # A reranker looks at the question and a row's picture, page, video or text together and says how
-# likely it is an answer. That is slower and usually better, so it is asked about the best hits
-# only. The media are read again where they lie.
+# likely it is an answer. That takes longer, so it is asked about the best hits only. The media are
+# read again where they lie.
 
 # %%
 if RERANKER is None:
     display(Markdown("`QVL_RERANKER` is not set: left out."))
 else:
-    reranked = collection.search(QUERY, top_k=10, rerank=RERANKER, rerank_top=30)
-    columns = ["rank", "rank_before", "rerank_score", *SHOWN[1:]]
-    display(shown(reranked, columns))
+    reranked = collection.search(QUERY, top_k=10, rerank=RERANKER, rerank_top=30, columns=PLACE)
+    display(shown(reranked, ["rank", "rank_before", "rerank_score", *SHOWN[1:]]))
+    pictures(reranked, "After reranking, with the scores of the search")
 
 # %% [markdown]
 # ## Scores of a rerank job
