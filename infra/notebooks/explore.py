@@ -162,7 +162,7 @@ display(Markdown(f"Drawn from {sampled}; {cut or 'none'} of them had a text that
 #
 # The question becomes a vector too, by the same model. `score` is the cosine between the two: 1 for
 # the same direction, 0 for nothing in common. Scores are good for ordering rows; they are no
-# probabilities, and different models have different scales.
+# probabilities, and different models have different scales. Pages count from 0, times are seconds.
 
 # %%
 SHOWN = ["rank", "score", "kind", "file", "page", "start_s", "end_s", "text"]
@@ -177,7 +177,9 @@ def shown(hits, columns=SHOWN):
     whole = ("rank", "rank_before", "page", "start_s", "end_s")
     numbers = table.select_dtypes("number").columns
     formats = {column: "{:.0f}" if column in whole else "{:.3f}" for column in numbers}
-    return table.style.format(formats, na_rep="").hide(axis="index")
+    words = [column for column in table if column not in numbers]
+    styled = table.style.format(formats, na_rep="").hide(axis="index")
+    return styled.set_properties(subset=words, **{"text-align": "left"})
 
 
 hits = collection.search(QUERY, top_k=10, columns=PLACE)

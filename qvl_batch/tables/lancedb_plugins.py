@@ -92,6 +92,29 @@ class EmbeddingPlugin(EmbeddingFunction):
         made._original_args = made.settings() | given
         return made
 
+    @classmethod
+    def of(cls, table: Any) -> EmbeddingPlugin:
+        """Return the function that an open LanceDB table states.
+
+        Raises:
+            InputError: If it states none of these.
+        """
+        function = stated_function(table.schema.metadata)
+        if function is None:
+            raise InputError(
+                f"Table {table.name} states no {METADATA_KEY} of {FUNCTION_NAME}.",
+                "Open a table of the embed job.",
+            )
+        return function
+
+    def query_vector(self, query: Any) -> npt.NDArray[np.float32]:
+        """Return a query's vector, float32 ``(dim,)``, of norm 1, also where bits are searched.
+
+        Raises:
+            InputError, UnitError: As `Embedder.embed_query`.
+        """
+        return np.asarray(self.embedder().embed_query(query), np.float32)
+
     def settings(self) -> dict[str, Any]:
         """Return all arguments by name."""
         return self.model_dump(exclude={"max_retries"})
@@ -113,7 +136,7 @@ class EmbeddingPlugin(EmbeddingFunction):
         Raises:
             InputError, UnitError: As `Embedder.embed_query`.
         """
-        return [self._encoded(self.embedder().embed_query(query))]
+        return [self._encoded(self.query_vector(query))]
 
     def compute_source_embeddings(self, items: Any, *_: Any, **__: Any) -> list[npt.NDArray]:
         """Return one vector an item: a str is a text, bytes are an image or a video.
@@ -146,6 +169,14 @@ Plugin = TypeVar("Plugin", bound=type[EmbeddingPlugin])
 def register(plugin: Plugin) -> Plugin:
     """Let LanceDB find the function by the name that tables state."""
     return get_registry().register(FUNCTION_NAME)(plugin)
+
+
+def stated_function(metadata: Mapping[bytes, bytes] | None) -> EmbeddingPlugin | None:
+    """Return the function that a table's schema metadata names, if it is one of ours."""
+    for stated in get_registry().parse_functions(metadata).values():
+        if isinstance(stated.function, EmbeddingPlugin):
+            return stated.function
+    return None
 
 
 class ScoringReranker(Reranker):
@@ -253,14 +284,13 @@ class Int8Rescorer(ScoringReranker):
             return self._vector
         embedder = self._embedder
         if embedder is None:
-            functions = get_registry().parse_functions(metadata).values()
-            ours = [one.function for one in functions if isinstance(one.function, EmbeddingPlugin)]
-            if not ours:
+            function = stated_function(metadata)
+            if function is None:
                 raise InputError(
                     f"The table states no {METADATA_KEY} of {FUNCTION_NAME}.",
                     "Give Int8Rescorer the query's vector, or an Embedder.",
                 )
-            embedder = ours[0].embedder()
+            embedder = function.embedder()
         return np.asarray(embedder.embed_query(query), np.float32)
 
 
