@@ -91,7 +91,9 @@ def short(uri):
 # compares tables and catalog and names whatever does not fit.
 
 # %%
-root = qvl_batch.connect(ROOT, model=os.environ.get("QVL_MODEL"))
+storage = Storage.of()
+root = qvl_batch.connect(ROOT, storage=storage, model=os.environ.get("QVL_MODEL"))
+database = lancedb.connect(ROOT, storage_options=storage.lance_options(ROOT))
 print(root.health())
 
 # %%
@@ -118,7 +120,6 @@ partitions[["partition", "num_rows", "num_units", "num_failures", "updated_at"]]
 # %%
 def sample_rows(columns, size=SAMPLE):
     """Rows of the collection's tables, from each in proportion; all of them if there are few."""
-    database = lancedb.connect(ROOT)
     share = min(1.0, size / max(1, partitions["num_rows"].sum()))
     parts = []
     for table in partitions["table"]:
@@ -200,7 +201,7 @@ def pictures(hits, title):
     parts = [
         None if row["kind"] == "text" else MediaPart(**{f: row[f] for f in fields}) for row in rows
     ]
-    with Thumbnailer(Storage.of()) as thumbnailer:
+    with Thumbnailer(storage) as thumbnailer:
         made = iter(thumbnailer.thumbnails([part for part in parts if part is not None]))
     fig, axes = plt.subplots(1, len(rows), figsize=(10, 2.3), squeeze=False)
     fig.suptitle(title, x=0.01, ha="left", weight="bold")
@@ -411,7 +412,6 @@ else:
 # each pair of a query and a row that was found for it.
 
 # %%
-database = lancedb.connect(ROOT)
 tables = {table: database.open_table(table) for table in database.list_tables(limit=10_000).tables}
 of_scores = [
     table
