@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,15 +38,14 @@ Where = pc.Expression | Mapping[str, object] | Sequence[str] | str | None
 class Collection:
     """The tables of one recipe under a root; got from `Root.collection`.
 
-    Every call works on the latest version of the tables. Calls from several threads wait for one
-    another.
+    Every call works on the latest version of the tables. Threads may share it; those that need a
+    model wait for one another.
 
     Args:
         name: Of the collection, not an alias.
         store: Where its tables lie.
         tables: Opens its tables.
         models: Embedders and rerankers of the root.
-        lock: Held while tables and models are in use.
     """
 
     def __init__(
@@ -56,10 +54,9 @@ class Collection:
         store: TableStore,
         tables: OpenTables,
         models: QueryModels,
-        lock: threading.RLock,
     ) -> None:
         self.name, self._store = name, store
-        self._tables, self._models, self._lock = tables, models, lock
+        self._tables, self._models = tables, models
 
     @property
     def recipe(self) -> Recipe:
@@ -84,8 +81,7 @@ class Collection:
     @property
     def count(self) -> int:
         """Number of rows (vectors) that are there now."""
-        with self._lock:
-            return sum(dataset.count_rows() for dataset in self._open(None).values())
+        return sum(dataset.count_rows() for dataset in self._open(None).values())
 
     def __len__(self) -> int:
         return self.count
@@ -136,18 +132,18 @@ class Collection:
             UnitError: If the query's own medium can not be used.
         """
         _require_counts(top_k=top_k, rerank_top=rerank_top, shortlist=shortlist)
-        with self._lock:
-            opened = self._open(partitions)
-            filtered = filter_of(where, _schema(opened))
-            stated = self._stated(opened)
-            asked = self._asked(query, stated)
-            if rerank is None:
-                return self._nearest(opened, asked, stated, top_k, filtered, columns, shortlist)
-            item = _item(asked, stated.recipe)
-            reranker = self._reranker(rerank, stated.recipe)
-            needed = [*columns, *MEDIUM_COLUMNS]
-            first = max(top_k, rerank_top)
-            hits = self._nearest(opened, asked, stated, first, filtered, needed, shortlist)
+        opened = self._open(partitions)
+        stated = self._stated(opened)
+        filtered = filter_of(where, _schema(opened))
+        asked = self._asked(query, stated)
+        if rerank is None:
+            return self._nearest(opened, asked, stated, top_k, filtered, columns, shortlist)
+        item = _item(asked, stated.recipe)
+        reranker = self._reranker(rerank, stated.recipe)
+        needed = [*columns, *MEDIUM_COLUMNS]
+        first = max(top_k, rerank_top)
+        hits = self._nearest(opened, asked, stated, first, filtered, needed, shortlist)
+        with self._models.lock:
             hits = rescore(hits, item, reranker, stated.recipe, rerank_top).slice(0, top_k)
         return hits.drop_columns(sorted({*MEDIUM_COLUMNS} - {*COLUMNS, *columns}))
 
@@ -172,20 +168,19 @@ class Collection:
         Raises:
             InputError, UnitError: As `search`.
         """
-        with self._lock:
-            opened = self._open(partitions)
-            filtered = filter_of(where, _schema(opened))
-            stated = self._stated(opened)
-            asked = [self._asked(query, stated) for query in queries]
-            return search(
-                opened,
-                self._vectors(asked, stated),
-                top_k,
-                shortlist=max(shortlist, top_k),
-                where=filtered,
-                columns=columns,
-                nprobes=self._tables.nprobes(opened),
-            )
+        opened = self._open(partitions)
+        stated = self._stated(opened)
+        filtered = filter_of(where, _schema(opened))
+        asked = [self._asked(query, stated) for query in queries]
+        return search(
+            opened,
+            self._vectors(asked, stated),
+            top_k,
+            shortlist=max(shortlist, top_k),
+            where=filtered,
+            columns=columns,
+            nprobes=self._tables.nprobes(opened),
+        )
 
     def like(self, row_id: str, top_k: int = 10, **options: Any) -> pa.Table:
         """Return the rows most like a row, without that row: ``search(Row(row_id), ...)``."""
@@ -193,9 +188,8 @@ class Collection:
 
     def embed(self, query: object) -> npt.NDArray[np.float32]:
         """Return the vector with which a query is asked, float32 ``(dim,)`` of norm 1."""
-        with self._lock:
-            stated = self._stated(self._open(None))
-            return self._vectors([self._asked(query, stated)], stated)[0]
+        stated = self._stated(self._open(None))
+        return self._vectors([self._asked(query, stated)], stated)[0]
 
     def row(self, row_id: str, *, table: str | None = None) -> dict[str, Any]:
         """Return a row's columns, its table, and its ``vector`` (float32, norm 1, dequantised).
@@ -207,15 +201,14 @@ class Collection:
         Raises:
             InputError: If there is no such row.
         """
-        with self._lock:
-            opened = self._open(None)
-            if table is not None:
-                if table not in opened:
-                    raise InputError(
-                        f"Collection {self.name} has no table {table!r}.", "Leave `table` out."
-                    )
-                opened = {table: opened[table]}
-            found = find_row(opened, row_id)
+        opened = self._open(None)
+        if table is not None:
+            if table not in opened:
+                raise InputError(
+                    f"Collection {self.name} has no table {table!r}.", "Leave `table` out."
+                )
+            opened = {table: opened[table]}
+        found = find_row(opened, row_id)
         if found is None:
             where = f"table {table}" if table is not None else f"collection {self.name}"
             raise InputError(f"{where} has no row {row_id!r}.", "Take a row_id of a search.")
@@ -261,12 +254,13 @@ class Collection:
         """Return one vector a query, float32 ``(queries, dim)``."""
         vectors = np.empty((len(asked), stated.recipe.dim), np.float32)
         items = {place: one for place, one in enumerate(asked) if isinstance(one, Item)}
-        if len(items) == 1:
-            # Its errors speak of "the query", not of the first of several.
-            ((place, item),) = items.items()
-            vectors[place] = self._models.embedder(stated).embed_query(item)
-        elif items:
-            vectors[[*items]] = self._models.embedder(stated).embed_queries(items.values())
+        with self._models.lock:
+            if len(items) == 1:
+                # Its errors speak of "the query", not of the first of several.
+                ((place, item),) = items.items()
+                vectors[place] = self._models.embedder(stated).embed_query(item)
+            elif items:
+                vectors[[*items]] = self._models.embedder(stated).embed_queries(items.values())
         for place, one in enumerate(asked):
             if not isinstance(one, Item):
                 vectors[place] = one["vector"] if isinstance(one, dict) else one

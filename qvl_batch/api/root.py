@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -65,7 +64,6 @@ class Root:
         self._store.names()
         self._tables = OpenTables(self._store)
         self._models = QueryModels(storage, model, device)
-        self._lock = threading.RLock()
 
     @property
     def uri(self) -> str:
@@ -73,27 +71,26 @@ class Root:
 
     def collections(self) -> pa.Table:
         """Return one row a collection, as `COLLECTIONS`, sorted by name."""
-        with self._lock:
-            named = aliases.read(self._store)
-            rows = []
-            for name in sorted(self._tables.collections()):
-                opened = self._tables.of(name, None)
-                if not opened:
-                    continue
-                last = max(opened)
-                stated = Stated.of(name, last, opened[last].schema)
-                rows.append(
-                    {
-                        "collection": name,
-                        "aliases": [alias for alias, other in named.items() if other == name],
-                        "num_partitions": len(opened),
-                        "num_rows": sum(dataset.count_rows() for dataset in opened.values()),
-                        "dim": stated.recipe.dim,
-                        "encodings": list(stated.recipe.encodings),
-                        "model": stated.model,
-                        "recipe_id": stated.recipe.recipe_id,
-                    }
-                )
+        named = aliases.read(self._store)
+        rows = []
+        for name in sorted(self._tables.collections()):
+            opened = self._tables.of(name, None)
+            if not opened:
+                continue
+            last = max(opened)
+            stated = Stated.of(name, last, opened[last].schema)
+            rows.append(
+                {
+                    "collection": name,
+                    "aliases": [alias for alias, other in named.items() if other == name],
+                    "num_partitions": len(opened),
+                    "num_rows": sum(dataset.count_rows() for dataset in opened.values()),
+                    "dim": stated.recipe.dim,
+                    "encodings": list(stated.recipe.encodings),
+                    "model": stated.model,
+                    "recipe_id": stated.recipe.recipe_id,
+                }
+            )
         return pa.Table.from_pylist(rows, schema=COLLECTIONS)
 
     def partitions(self) -> pa.Table:
@@ -130,29 +127,28 @@ class Root:
         Raises:
             ConfigError: If there is none, or several and no name.
         """
-        with self._lock:
-            known = sorted(self._tables.collections())
-            named = aliases.read(self._store)
-            listed = ", ".join([*known, *(f"{a} (alias of {c})" for a, c in named.items())])
-            if not known:
-                raise ConfigError(
-                    f"{self.uri} holds no collection.", "Give the output.root of an embed run."
-                )
-            if name is None and len(known) > 1:
-                raise ConfigError(
-                    f"{self.uri} holds {len(known)} collections.", f"Name one of: {listed}."
-                )
-            chosen = known[0] if name is None else named.get(name, name)
-            if name in named and name in known:
-                raise ConfigError(
-                    f"{self.uri}: {name!r} is an alias of {chosen} and a collection as well.",
-                    "Use another alias.",
-                )
-            if chosen not in known:
-                raise ConfigError(
-                    f"{self.uri} holds no collection or alias {name!r}.", f"There are: {listed}."
-                )
-            return Collection(chosen, self._store, self._tables, self._models, self._lock)
+        known = sorted(self._tables.collections())
+        named = aliases.read(self._store)
+        listed = ", ".join([*known, *(f"{a} (alias of {c})" for a, c in named.items())])
+        if not known:
+            raise ConfigError(
+                f"{self.uri} holds no collection.", "Give the output.root of an embed run."
+            )
+        if name is None and len(known) > 1:
+            raise ConfigError(
+                f"{self.uri} holds {len(known)} collections.", f"Name one of: {listed}."
+            )
+        chosen = known[0] if name is None else named.get(name, name)
+        if name in named and name in known:
+            raise ConfigError(
+                f"{self.uri}: {name!r} is an alias of {chosen} and a collection as well.",
+                "Use another alias.",
+            )
+        if chosen not in known:
+            raise ConfigError(
+                f"{self.uri} holds no collection or alias {name!r}.", f"There are: {listed}."
+            )
+        return Collection(chosen, self._store, self._tables, self._models)
 
     def close(self) -> None:
         """Let go of the models, and end their decoding children; they come back when needed."""

@@ -13,13 +13,12 @@ import pyarrow as pa
 
 from qvl_batch.errors import ConfigError, QvlError, RunFailedError
 from qvl_batch.schema import ALIASES
-from qvl_batch.tables.layout import check_collection_name
+from qvl_batch.tables.layout import VECTORS_KIND, check_collection_name
+from qvl_batch.tables.ledger import table_kind
+from qvl_batch.tables.open import collection_of
 from qvl_batch.tables.store import TableStore, storage_error
 
 ALIASES_TABLE = "_qvl_aliases"
-# Schema metadata that tells scores and candidates from vectors, which state nothing.
-_KIND = b"qvl.kind"
-_VECTORS = b"vectors"
 _ATTEMPTS = 10
 _LONGEST_PAUSE_S = 2.0
 
@@ -82,7 +81,7 @@ def switch(store: TableStore, alias: str, collection: str) -> None:
         )
     first = known.get(collection)
     dataset = store.open(first) if first is not None else None
-    if dataset is None or (dataset.schema.metadata or {}).get(_KIND, _VECTORS) != _VECTORS:
+    if dataset is None or table_kind(dataset) != VECTORS_KIND:
         raise ConfigError(
             f"{store.root} has no collection {collection!r} of vectors.",
             f"There are: {', '.join(sorted(known)) or 'none'}.",
@@ -91,12 +90,11 @@ def switch(store: TableStore, alias: str, collection: str) -> None:
 
 
 def _prefixes(store: TableStore) -> dict[str, str]:
-    """Return the first table of each collection: a table's name starts with its collection's."""
+    """Return the first table of each collection, scores among them, from one listing."""
     found: dict[str, str] = {}
     for name in store.names():
-        if not name.startswith("_"):
-            # No collection's name holds "__".
-            found.setdefault(name.partition("__")[0], name)
+        found.setdefault(collection_of(name), name)
+    found.pop("", None)
     return found
 
 

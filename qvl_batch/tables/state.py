@@ -10,11 +10,12 @@ from typing import Any
 import lance
 
 from qvl_batch.tables import catalog
-from qvl_batch.tables.layout import partition_json
+from qvl_batch.tables.layout import VECTORS_KIND, partition_json
 from qvl_batch.tables.ledger import (
     done_units,
     failed_units,
     table_collection,
+    table_kind,
     table_partition,
     table_recipe,
 )
@@ -68,8 +69,7 @@ def table_states(store: TableStore) -> tuple[list[TableState], list[str]]:
 
 def _state(store: TableStore, name: str, row: Mapping[str, Any] | None) -> TableState | None:
     dataset = store.open(name)
-    metadata = {} if dataset is None else dataset.schema.metadata or {}
-    if dataset is None or metadata.get(b"qvl.kind", b"vectors") != b"vectors":
+    if dataset is None or table_kind(dataset) != VECTORS_KIND:
         return None
     collection, partition = table_collection(dataset), partition_json(table_partition(dataset))
     if not collection:
