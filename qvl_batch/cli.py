@@ -72,17 +72,32 @@ def manifest(
 
 @app.command()
 def init(
-    out: Annotated[Path, typer.Argument(help="Configuration file to write.")] = Path("embed.yaml"),
-    manifest: Annotated[str, typer.Option(help="Manifest to name in it.")] = "manifest.parquet",
+    out: Annotated[Path | None, typer.Argument(help="File to write; JOB.yaml by default.")] = None,
+    job: Annotated[str, typer.Option(help="embed or rerank.")] = "embed",
+    manifest: Annotated[str, typer.Option(help="Manifest to embed.")] = "manifest.parquet",
+    queries: Annotated[str, typer.Option(help="Queries to rerank for.")] = "queries.jsonl",
     root: Annotated[str, typer.Option(help="LanceDB directory to name in it.")] = "vectors",
-    model: Annotated[str, typer.Option(help="Model to name in it.")] = "Qwen/Qwen3-VL-Embedding-2B",
+    model: Annotated[
+        str | None, typer.Option(help="Model to name in it; Qwen3-VL's 2B by default.")
+    ] = None,
 ) -> None:
     """Write a commented configuration with every key and its default."""
     from qvl_batch.config import commented_yaml
+    from qvl_batch.rerank_config import commented_rerank_yaml
 
-    text = commented_yaml(
-        {"input": {"manifest": manifest}, "output": {"root": root}, "model": {"path": model}}
-    )
+    if job == "embed":
+        path = model or "Qwen/Qwen3-VL-Embedding-2B"
+        text = commented_yaml(
+            {"input": {"manifest": manifest}, "output": {"root": root}, "model": {"path": path}}
+        )
+    elif job == "rerank":
+        path = model or "Qwen/Qwen3-VL-Reranker-2B"
+        text = commented_rerank_yaml(
+            {"input": {"queries": queries}, "search": {"root": root}, "model": {"path": path}}
+        )
+    else:
+        raise ConfigError(f"--job is {job!r}.", "Give embed or rerank.")
+    out = out or Path(f"{job}.yaml")
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -90,7 +105,7 @@ def init(
         raise ConfigError(f"{out} exists.", "Give another name, or remove it.") from None
     except OSError as error:
         raise ConfigError(f"{out} can not be written: {error.strerror}.", "") from None
-    print(f"wrote {out}; next: qvl-batch embed {out}")
+    print(f"wrote {out}; next: qvl-batch {job} {out}")
 
 
 @app.command()
@@ -110,6 +125,26 @@ def embed(
 
     overrides = [*(set_ or []), *([f"input.limit={limit}"] if limit is not None else [])]
     report = run_embed(load_config(config, overrides), retry_failed=retry_failed)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def rerank(
+    config: Annotated[str, typer.Argument(help="Configuration (qvl-batch init --job rerank).")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key: --set search.top_k=20.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N queries.")] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed for good, too.")
+    ] = False,
+) -> None:
+    """Find candidates for queries and score them into tables; run it again to continue."""
+    from qvl_batch.jobs.rerank import run_rerank
+    from qvl_batch.rerank_config import load_rerank_config
+
+    overrides = [*(set_ or []), *([f"input.limit={limit}"] if limit is not None else [])]
+    report = run_rerank(load_rerank_config(config, overrides), retry_failed=retry_failed)
     raise typer.Exit(report.exit_code)
 
 

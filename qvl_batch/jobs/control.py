@@ -9,8 +9,8 @@ import ray
 from ray.exceptions import RayTaskError
 
 from qvl_batch.errors import QvlError, RunFailedError
-from qvl_batch.jobs.checkpoint import Model
-from qvl_batch.recipe import Recipe
+from qvl_batch.jobs.checkpoint import Model, RerankModel
+from qvl_batch.recipe import Recipe, RerankRecipe
 
 
 @ray.remote(num_cpus=0)
@@ -53,8 +53,8 @@ class MayStart:
 class Load:
     """A loader that pickles: a method of the model with its recipe."""
 
-    model: Model
-    recipe: Recipe
+    model: Model | RerankModel
+    recipe: Recipe | RerankRecipe
     method: str
     control: Any
 

@@ -22,13 +22,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-from ray.data import ActorPoolStrategy, DataContext
 
 from qvl_batch import schema
 from qvl_batch.api.certificate import Certificate
 from qvl_batch.api.parity import check_stack
-from qvl_batch.config import EmbedConfig, LimitsSection
+from qvl_batch.config import EmbedConfig
 from qvl_batch.errors import (
     QvlError,
 )
@@ -37,7 +35,9 @@ from qvl_batch.jobs.cluster import Pools, choose_pools, connect
 from qvl_batch.jobs.commit_loop import Counts
 from qvl_batch.jobs.control import Load, MayStart
 from qvl_batch.jobs.driver import EXIT_OF_SIGNAL, Run, Work
+from qvl_batch.jobs.graph import from_blocks, on_cpus, on_gpus
 from qvl_batch.jobs.identify import identify
+from qvl_batch.jobs.limits import decode_limits, fetch_limits
 from qvl_batch.jobs.manifest import read_manifest
 from qvl_batch.jobs.plan import (
     Plan,
@@ -47,8 +47,6 @@ from qvl_batch.jobs.plan import (
 )
 from qvl_batch.jobs.report import RunReport, write_certificate, write_report
 from qvl_batch.jobs.stages import DecodeMedia, DecodingWorker, EmbedMedia, WriteRows
-from qvl_batch.media.decoder import DecodeLimits
-from qvl_batch.media.fetch import FetchLimits
 from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage
 from qvl_batch.tables import catalog
@@ -256,11 +254,6 @@ def work_of(job: EmbedJob, pools: Pools) -> Work:
 
 def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:
     """Return the stream of references to embedded blocks: the Ray Data graph of the job."""
-    context = DataContext.get_current()
-    # One block in, one block out: a replayed task skips by index what it delivered before.
-    context.target_max_block_size = None
-    context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
     per_block = units_per_block(
         job.recipe, job.config.pools.block_bytes, job.config.pools.units_per_block
     )
@@ -273,39 +266,7 @@ def embed_graph(job: EmbedJob, pools: Pools, control: Any) -> Iterator[Any]:
         load_counter=Load(job.model, job.recipe, "load_counter", control),
         may_start=MayStart(control),
     )
-    rows = ray.data.from_arrow(cut_blocks(job.plan.todo, per_block))
-    rows = rows.map_batches(
-        DecodingWorker,
-        fn_constructor_args=(decode,),
-        batch_size=None,
-        batch_format="pyarrow",
-        udf_modifying_row_count=False,
-        compute=ActorPoolStrategy(size=pools.decode_actors, max_tasks_in_flight_per_actor=2),
-        num_cpus=pools.decode_cpus,
-    )
-    # The public map_batches wants a number of rows a batch where there are GPUs; ours are whole
-    # blocks, whose number of units depends on their kind.
-    rows = rows.map_batches_internal(
-        EmbedMedia,
-        fn_constructor_args=(Load(job.model, job.recipe, "load_engine", control),),
-        batch_size=None,
-        batch_format="pyarrow",
-        udf_modifying_row_count=False,
-        compute=ActorPoolStrategy(size=pools.embed_actors, max_tasks_in_flight_per_actor=2),
-        num_cpus=pools.embed_cpus,
-        num_gpus=pools.embed_gpus or None,
-    )
+    rows = from_blocks(cut_blocks(job.plan.todo, per_block))
+    rows = on_cpus(rows, DecodingWorker, decode, pools)
+    rows = on_gpus(rows, EmbedMedia, (Load(job.model, job.recipe, "load_engine", control),), pools)
     return rows.iter_internal_ref_bundles()
-
-
-def fetch_limits(limits: LimitsSection) -> FetchLimits:
-    return FetchLimits(max_object_bytes=limits.max_object_bytes, timeout_s=limits.fetch_timeout_s)
-
-
-def decode_limits(limits: LimitsSection) -> DecodeLimits:
-    return DecodeLimits(
-        timeout_s=limits.decode_timeout_s,
-        memory_bytes=limits.decode_memory_bytes,
-        max_image_px=limits.max_image_px,
-        max_text_bytes=limits.max_text_bytes,
-    )

@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 
 from qvl_batch import budget, schema
 from qvl_batch.errors import QvlError, UnitError
+from qvl_batch.jobs.parts import Part, iter_parts, parts_array
 from qvl_batch.media.decoder import DecodeLimits, Decoder
 from qvl_batch.media.fetch import Fetcher, FetchLimits, FetchRequest, Source
 from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage
 from qvl_batch.tables.fragments import explode, failure_rows, write_fragments
-from qvl_batch.units import EmbedInput, Engine, PartPlan, Vision
+from qvl_batch.units import EmbedInput, Engine, PartPlan
 
 CountTokens = Callable[..., int]
 
@@ -95,7 +96,8 @@ class DecodingWorker:
         with_texts = units.set_column(place, units.schema.field("text"), pa.array(texts, "string"))
         return (
             with_texts.append_column(
-                pa.field("_parts", pa.list_(schema.PART)), _parts_array(outcomes)
+                pa.field("_parts", pa.list_(schema.PART)),
+                parts_array([outcome.parts for outcome in outcomes]),
             )
             .append_column(
                 pa.field("_failure", schema.FAILURE),
@@ -157,40 +159,9 @@ class DecodingWorker:
 
 @dataclass(frozen=True, slots=True)
 class _Decoded:
-    parts: Sequence[tuple[PartPlan, npt.NDArray[np.uint8]]] = ()
+    parts: Sequence[Part] = ()
     text: str | None = None
     failure: Mapping[str, Any] | None = None
-
-
-def _parts_array(outcomes: Sequence[_Decoded]) -> pa.Array:
-    parts = [part for outcome in outcomes for part in outcome.parts]
-    plans = [plan for plan, _ in parts]
-    columns = {
-        "segment": [plan.segment for plan in plans],
-        "page": [plan.page for plan in plans],
-        "start_s": [plan.start_s for plan in plans],
-        "end_s": [plan.end_s for plan in plans],
-        "width_px": [plan.width_px for plan in plans],
-        "height_px": [plan.height_px for plan in plans],
-        "num_frames": [plan.num_frames for plan in plans],
-        "seconds": [plan.seconds for plan in plans],
-    }
-    arrays = [pa.array(values, schema.PART.field(name).type) for name, values in columns.items()]
-    arrays.append(_binary_array([np.ascontiguousarray(pixels) for _, pixels in parts]))
-    structs = pa.StructArray.from_arrays(arrays, fields=list(schema.PART))
-    offsets = np.cumsum([0, *(len(outcome.parts) for outcome in outcomes)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), structs)
-
-
-def _binary_array(blobs: Sequence[npt.NDArray[np.uint8]]) -> pa.Array:
-    """Return a large_binary array with one copy of the pixels, not two."""
-    offsets = np.cumsum([0, *(blob.nbytes for blob in blobs)], dtype=np.int64)
-    data = np.empty(int(offsets[-1]), np.uint8)
-    for blob, start in zip(blobs, offsets, strict=False):
-        data[start : start + blob.nbytes] = blob.reshape(-1)
-    return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(blobs), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    )
 
 
 class EmbedMedia:
@@ -253,7 +224,10 @@ def _payload(value: npt.NDArray[np.generic] | np.generic) -> bytes | float:
 def _inputs_of(decoded: pa.Table) -> tuple[list[EmbedInput], list[int], list[dict[str, Any]]]:
     """Return one prompt a row-to-be, the position of its unit, and what is known of the row."""
     inputs, owners, known = [], [], []
-    for owner, unit in enumerate(_units_with_parts(decoded)):
+    units = decoded.select(["uri", "kind", "text", "instruction", "_failure"]).to_pylist()
+    for owner, (unit, parts) in enumerate(zip(units, iter_parts(decoded["_parts"]), strict=True)):
+        if unit["_failure"] is not None:
+            continue
         texts = (unit["text"],) if unit["text"] is not None else ()
         if unit["kind"] == "text":
             inputs.append(
@@ -261,15 +235,12 @@ def _inputs_of(decoded: pa.Table) -> tuple[list[EmbedInput], list[int], list[dic
             )
             owners.append(owner)
             known.append({"segment": 0})
-        for part, pixels in unit["parts"]:
-            shape = (part["num_frames"], part["height_px"], part["width_px"], 3)
-            seconds = tuple(part.pop("seconds"))
-            vision = Vision(pixels=pixels.reshape(shape), seconds=seconds)
+        for part, vision in parts:
             inputs.append(
                 EmbedInput(
                     texts=texts,
-                    images=() if seconds else (vision,),
-                    videos=(vision,) if seconds else (),
+                    images=() if vision.seconds else (vision,),
+                    videos=(vision,) if vision.seconds else (),
                     instruction=unit["instruction"],
                     uri=unit["uri"] or "",
                 )
@@ -277,27 +248,6 @@ def _inputs_of(decoded: pa.Table) -> tuple[list[EmbedInput], list[int], list[dic
             owners.append(owner)
             known.append(part)
     return inputs, owners, known
-
-
-def _units_with_parts(decoded: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the units that decoded; pixels are views of the block, not copies."""
-    columns = {name: decoded[name].to_pylist() for name in ("uri", "kind", "text", "instruction")}
-    failed = decoded["_failure"].is_valid().to_pylist()
-    lists = decoded["_parts"].combine_chunks()
-    structs = lists.values
-    facts = pa.StructArray.from_arrays(
-        [structs.field(field.name) for field in schema.PART if field.name != "pixels"],
-        fields=[field for field in schema.PART if field.name != "pixels"],
-    )
-    pixels = structs.field("pixels")
-    offsets = lists.offsets.to_pylist()
-    for i in range(decoded.num_rows):
-        if failed[i]:
-            yield {"kind": "", "text": None, "parts": [], "uri": None, "instruction": None}
-            continue
-        span = range(offsets[i], offsets[i + 1])
-        parts = [(facts[j].as_py(), np.frombuffer(pixels[j].as_buffer(), np.uint8)) for j in span]
-        yield {name: values[i] for name, values in columns.items()} | {"parts": parts}
 
 
 @dataclass(frozen=True, kw_only=True)
