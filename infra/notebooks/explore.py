@@ -175,7 +175,7 @@ def shown(hits, columns=SHOWN):
     """Hits as a table to read: columns that are empty throughout are left out."""
     table = hits.to_pandas().assign(file=lambda hits: hits["uri"].map(short))
     table = table[[column for column in columns if table[column].notna().any()]]
-    whole = ("rank", "rank_before", "page", "start_s", "end_s")
+    whole = ("rank", "rank_before", "rank_after", "page", "start_s", "end_s")
     numbers = table.select_dtypes("number").columns
     formats = {column: "{:.0f}" if column in whole else "{:.3f}" for column in numbers}
     words = [column for column in table if column not in numbers]
@@ -194,7 +194,7 @@ shown(hits)
 
 
 # %%
-def pictures(hits, title):
+def pictures(hits, title, score="score"):
     """The first picture of each hit, under its score; of a text its beginning."""
     rows = hits.to_pylist()
     fields = ("uri", "kind", "page", "start_s", "end_s", *PLACE)
@@ -203,7 +203,7 @@ def pictures(hits, title):
     ]
     with Thumbnailer(storage) as thumbnailer:
         made = iter(thumbnailer.thumbnails([part for part in parts if part is not None]))
-    fig, axes = plt.subplots(1, len(rows), figsize=(10, 2.3), squeeze=False)
+    fig, axes = plt.subplots(1, len(rows), figsize=(10, 2.0), squeeze=False)
     fig.suptitle(title, x=0.01, ha="left", weight="bold")
     for row, part, ax in zip(rows, parts, axes[0], strict=True):
         made_of_row = row["text"] if part is None else next(made)
@@ -215,7 +215,8 @@ def pictures(hits, title):
             ax.set_box_aspect(1)
         else:
             ax.imshow(plt.imread(io.BytesIO(made_of_row.pictures[0].jpeg), format="jpeg"))
-        ax.set_title(f"{row['score']:.2f}", fontsize=9, weight="normal", loc="center")
+        value = "no score" if row[score] is None else f"{row[score]:.2f}"
+        ax.set_title(value, fontsize=9, weight="normal", loc="center")
         ax.set(xticks=[], yticks=[], xlabel=row["kind"])
     plt.show()
 
@@ -403,13 +404,13 @@ if RERANKER is None:
 else:
     reranked = collection.search(QUERY, top_k=10, rerank=RERANKER, rerank_top=30, columns=PLACE)
     display(shown(reranked, ["rank", "rank_before", "rerank_score", *SHOWN[1:]]))
-    pictures(reranked, "After reranking, with the scores of the search")
+    pictures(reranked, "After reranking, with the reranker's scores", "rerank_score")
 
 # %% [markdown]
 # ## Scores of a rerank job
 #
 # `qvl-batch rerank` does the same for many queries at once and writes tables of scores: one row for
-# each pair of a query and a row that was found for it.
+# each pair of a query and a row that was found for it. `row_id` joins them with the other tables.
 
 # %%
 tables = {table: database.open_table(table) for table in database.list_tables(limit=10_000).tables}
@@ -421,12 +422,19 @@ of_scores = [
 if not of_scores:
     display(Markdown("There are no tables of scores under this root."))
 else:
-    pairs = pd.concat([table.to_pandas() for table in of_scores])
+    pairs = pd.concat([table.to_pandas() for table in of_scores], ignore_index=True)
     display(Markdown(f"{len(pairs):,} pairs of {pairs['query_id'].nunique():,} queries."))
-    known = pairs.merge(frame[["row_id", "num_tokens"]], on="row_id", suffixes=("", "_of_row"))
+    joined = pairs.merge(frame[["row_id", "num_tokens"]], "left", "row_id", suffixes=("", "_row"))
+    by_kind = joined.groupby("kind").agg(
+        pairs=("pair_id", "size"),
+        mean_score=("first_score", "mean"),
+        mean_rerank_score=("rerank_score", "mean"),
+        mean_tokens_of_row=("num_tokens_row", "mean"),
+    )
+    display(by_kind.style.format(precision=2))
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for kind in kinds:
-        of_kind = known[known["kind"] == kind]
+        of_kind = pairs[pairs["kind"] == kind]
         left.scatter(
             of_kind["first_score"],
             of_kind["rerank_score"],
@@ -448,6 +456,11 @@ else:
     right.plot([1, last], [1, last], color="black", linewidth=1, linestyle="--")
     right.set(title="Who moved?", xlabel="rank by the search", ylabel="rank by the reranker")
     plt.show()
+    display(Markdown("Where the two disagree most, by rank:"))
+    moved = (ranked["rank_before"] - ranked["rank_after"]).abs().sort_values(ascending=False)
+    most = ranked.loc[moved.index[:5]].rename(columns={"first_score": "score"})
+    most = pa.Table.from_pandas(most, preserve_index=False)
+    display(shown(most, ["score", "rank_before", "rerank_score", "rank_after", *SHOWN[2:]]))
 
 # %% [markdown]
 # ## Other tools

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -19,8 +20,10 @@ from packaging.utils import canonicalize_name
 from qvl_batch.config import parse_config
 from qvl_batch.demo.checkpoint import DEMO_RECIPE, embedding_dir, reranker_dir
 from qvl_batch.demo.corpus import write_corpus
+from qvl_batch.demo.queries import DEMO_QUERIES
 from qvl_batch.media.manifest import build_manifest
 from qvl_batch.recipe import DEFAULT_INSTRUCTION
+from qvl_batch.rerank_config import parse_rerank_config
 from qvl_batch.storage import Storage
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,11 +34,12 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> str:
-    """Tables of the demo's corpus, with a partition a day and two failures."""
+    """Tables of the demo's corpus with a partition a day and two failures, and scores."""
     import ray
 
     from qvl_batch.jobs.cluster import connect
     from qvl_batch.jobs.embed import run_embed
+    from qvl_batch.jobs.rerank import run_rerank
 
     folder = tmp_path_factory.mktemp("notebook")
     media = write_corpus(folder).media_dir
@@ -51,8 +55,19 @@ def root(tmp_path_factory) -> str:
         },
         "recipe": DEMO_RECIPE,
     }
+    queries = folder / "queries.jsonl"
+    queries.write_text("".join(json.dumps({"text": q.text}) + "\n" for q in DEMO_QUERIES))
+    reranking = {
+        "input": {"queries": str(queries)},
+        "search": {"root": values["output"]["root"], "top_k": 15},
+        "model": {
+            "path": str(reranker_dir()),
+            **{name: DEMO_RECIPE[name] for name in ("image", "video", "document")},
+        },
+    }
     connect("local")
     run_embed(parse_config(values))
+    run_rerank(parse_rerank_config(reranking))
     ray.shutdown()
     return values["output"]["root"]
 
@@ -76,14 +91,14 @@ def test_the_notebook_runs_and_says_what_it_should(root, tmp_path) -> None:
     assert "120 rows of 115 units in 3 tables, 2 failures" in said
     assert "no problems found" in said
     assert "rows as questions to all rows; short list of 24" in said
-    assert "There are no tables of scores" in said
+    assert "105 pairs of 7 queries" in said
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(figures) == 7
+    assert len(figures) == 8
     tables = [output["data"]["text/html"] for output in outputs if _is_table(output)]
-    assert len(tables) == 7
+    assert len(tables) == 9
     hits = next(table for table in tables if "0058.png" in table)
     assert hits.index("0058.png") < hits.index("0064.webp")
-    assert "rerank_score" in tables[-2]
+    assert all("rerank_score" in table for table in tables[-4:-1])
 
 
 def _is_table(output) -> bool:
