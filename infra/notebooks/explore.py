@@ -264,7 +264,7 @@ def as_floats(rows):
     if "vector" in rows.column_names:
         values = rows["vector"].combine_chunks()
         floats = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        return floats.reshape(len(rows), -1), str(values.type.value_type).replace("half", "")
+        return floats.reshape(len(rows), -1), f"float{values.type.value_type.bit_width}"
     if "vector_int8" in rows.column_names:
         ints = rows["vector_int8"].combine_chunks().flatten().to_numpy()
         scale = rows["vector_scale"].to_numpy()[:, None]
@@ -465,11 +465,11 @@ else:
 # %% [markdown]
 # ## Other tools
 #
-# The tables are plain Lance: DuckDB and polars read them, too, without a copy of the whole. See
-# `README.md` beside this notebook for more.
+# The tables are plain Lance: DuckDB and polars read them too, without a copy of the whole. See
+# `README.md` beside this notebook for more. Here, SQL on the columns of one table:
 
 # %%
-first = tables[partitions["table"][0]].to_lance()
+first = tables[partitions["table"][0]].to_lance().scanner(["kind", "num_tokens", "truncated"])
 duckdb.sql(
     "select kind, count(*) as rows, sum(num_tokens)::bigint as tokens, "
     "count(*) filter (truncated) as cut from first group by kind order by kind"

@@ -59,7 +59,7 @@ def root(tmp_path_factory) -> str:
     queries.write_text("".join(json.dumps({"text": q.text}) + "\n" for q in DEMO_QUERIES))
     reranking = {
         "input": {"queries": str(queries)},
-        "search": {"root": values["output"]["root"], "top_k": 15},
+        "search": {"root": values["output"]["root"], "top_k": 6},
         "model": {
             "path": str(reranker_dir()),
             **{name: DEMO_RECIPE[name] for name in ("image", "video", "document")},
@@ -91,7 +91,7 @@ def test_the_notebook_runs_and_says_what_it_should(root, tmp_path) -> None:
     assert "120 rows of 115 units in 3 tables, 2 failures" in said
     assert "no problems found" in said
     assert "rows as questions to all rows; short list of 24" in said
-    assert "105 pairs of 7 queries" in said
+    assert "42 pairs of 7 queries" in said
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(figures) == 8
     tables = [output["data"]["text/html"] for output in outputs if _is_table(output)]
