@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from qvl_batch import __version__
 from qvl_batch.api.gallery_card import card, image, number, ordinal
-from qvl_batch.api.markup import Markup, element, excerpt, joined, visible
+from qvl_batch.api.markup import Markup, element, excerpt, visible
 from qvl_batch.errors import ConfigError, StorageError, UnitError
 from qvl_batch.media.thumbnail import MediaPart, Thumbnail, Thumbnailer
 from qvl_batch.storage import Storage, is_local, local_path
@@ -33,6 +33,8 @@ GALLERY_COLUMNS = ("etag", "byte_offset", "byte_length")
 _NEEDED = ("uri", "kind", "page", "start_s", "end_s", "text", *GALLERY_COLUMNS)
 _SCORES = ("score", "first_score", "rerank_score")
 _TITLE_CHARS = 200
+# About 10 MB of pictures at the default sizes.
+_CARDS_HELD = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def write_gallery(
     """Write one self-contained HTML file with a card for every hit.
 
     Media are fetched again and checked against the tables' etags; what can not be read or decoded
-    shows its reason instead of a picture. One section is held in memory at a time.
+    shows its reason instead of a picture. Few pictures are held in memory at a time.
 
     Args:
         path: A local file; replaced only once the page is whole.
@@ -139,7 +141,7 @@ def _page(
     style = Path(__file__).with_name("gallery.css").read_text(encoding="utf-8")
     title = visible(excerpt(title, _TITLE_CHARS))
     yield "<!doctype html>\n"
-    # Two elements stay open, so that the page is written section by section.
+    # What stays open here is written piece by piece.
     yield '<html lang="en">\n'
     yield element(
         "head",
@@ -155,8 +157,7 @@ def _page(
     yield _header(sections, title, facts)
     yield "\n<main>\n"
     for place, section in enumerate(sections, start=1):
-        yield _section(section, place, thumbnailer)
-        yield "\n"
+        yield from _section(section, place, thumbnailer)
     if not sections:
         yield element("p", "No query was asked.", class_="empty")
     yield "</main>\n"
@@ -200,32 +201,37 @@ def _header(sections: Sequence[GallerySection], title: str, facts: Mapping[str, 
     )
 
 
-def _section(section: GallerySection, place: int, thumbnailer: Thumbnailer) -> Markup:
+def _section(section: GallerySection, place: int, thumbnailer: Thumbnailer) -> Iterator[str]:
+    """Yield a section piece by piece: of many hits only some are held at a time."""
     rows = section.rows()
+    yield f'<section id="q{place}">\n'
+    yield element(
+        "div",
+        _asked(section, thumbnailer),
+        element(
+            "div",
+            element("h2", excerpt(_name(section), 1000), dir="auto"),
+            element("p", _summary(section, rows), class_="summary"),
+        ),
+        class_="asked",
+    )
+    if rows:
+        yield '\n<ol class="cards">\n'
+        for first in range(0, len(rows), _CARDS_HELD):
+            yield from _cards(rows[first : first + _CARDS_HELD], thumbnailer)
+        yield "</ol>"
+    else:
+        yield element("p", "Nothing was found.", class_="empty")
+    yield "\n</section>\n"
+
+
+def _cards(rows: Sequence[Mapping[str, Any]], thumbnailer: Thumbnailer) -> Iterator[str]:
     parts = [None if row["kind"] == "text" else _part(row) for row in rows]
     wanted = [part for part in parts if part is not None]
     made = dict(zip(wanted, thumbnailer.thumbnails(wanted), strict=True))
-    cards = [
-        card(row, None if part is None else made[part])
-        for row, part in zip(rows, parts, strict=True)
-    ]
-    return element(
-        "section",
-        element(
-            "div",
-            _asked(section, thumbnailer),
-            element(
-                "div",
-                element("h2", excerpt(_name(section), 1000), dir="auto"),
-                element("p", _summary(section, rows), class_="summary"),
-            ),
-            class_="asked",
-        ),
-        element("ol", *(joined(one, "\n") for one in cards), class_="cards")
-        if cards
-        else element("p", "Nothing was found.", class_="empty"),
-        id=f"q{place}",
-    )
+    for row, part in zip(rows, parts, strict=True):
+        yield card(row, None if part is None else made[part])
+        yield "\n"
 
 
 def _name(section: GallerySection) -> str:

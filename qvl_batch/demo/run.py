@@ -104,9 +104,7 @@ def _print_answers(
 ) -> None:
     for query, found, again in zip(DEMO_QUERIES, hits, reranked, strict=True):
         right = set(summary.answers(query))
-        second = dict(
-            zip(*again.select(["row_id", "rerank_score"]).to_pydict().values(), strict=True)
-        )
+        second = {hit["row_id"]: hit["rerank_score"] for hit in again.to_pylist()}
         table = Table(title=f"“{query.text}”", title_justify="left", expand=False)
         table.add_column("score", justify="right")
         table.add_column("rerank", justify="right")
@@ -167,8 +165,7 @@ def answer(root: str, top_k: int = TOP_K) -> list[pa.Table]:
     )
     vectors = engine.embed_vectors([EmbedInput(texts=(query.text,)) for query in DEMO_QUERIES])
     found = search(tables, vectors, top_k, columns=GALLERY_COLUMNS)
-    hits = [found.filter(pc.equal(found["query"], i)) for i in range(len(vectors))]
-    return [of_query.drop_columns(["query", "rank"]) for of_query in hits]
+    return [found.filter(pc.equal(found["query"], i)) for i in range(len(vectors))]
 
 
 def rerank(hits: Sequence[pa.Table]) -> list[pa.Table]:
@@ -201,7 +198,9 @@ def _item(hit: Mapping[str, Any]) -> dict[str, Any]:
 def _reordered(found: pa.Table, scores: np.ndarray) -> pa.Table:
     """Return the hits with their second scores, sorted by them, NaN last."""
     ranks = pa.array(range(1, found.num_rows + 1), pa.int32())
-    rows = found.rename_columns({"score": "first_score"}).append_column("rank_before", ranks)
+    names = [name for name in found.column_names if name != "rank"]
+    rows = found.select(names).rename_columns({"score": "first_score"})
+    rows = rows.append_column("rank_before", ranks)
     rows = rows.append_column("rerank_score", pa.array(scores, pa.float32()))
     order = pc.sort_indices(
         rows, sort_keys=[("rerank_score", "descending"), ("rank_before", "ascending")]

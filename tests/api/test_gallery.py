@@ -374,6 +374,18 @@ def test_hits_of_several_queries_are_split():
     assert texts == [["0", "2"], ["1", "3"], []]
 
 
+def test_many_hits_are_all_there_in_their_order(tmp_path):
+    files = []
+    for number in range(150):
+        path = tmp_path / f"{number:03}.png"
+        path.write_bytes(picture(number, 8, 4))
+        files.append(row(str(path), score=1 - number / 150))
+    write_gallery(tmp_path / "gallery.html", [section(*files)])
+    names = read(tmp_path / "gallery.html").values("h3", "title")
+    assert names == [f"{number:03}.png" for number in range(150)]
+    assert len(read(tmp_path / "gallery.html").values("img", "src")) == 150
+
+
 class Untold:
     """A fact that fails when it is written."""
 
