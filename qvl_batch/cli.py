@@ -32,6 +32,12 @@ EndpointUrl = Annotated[
 Region = Annotated[str | None, typer.Option(help="S3 region.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+Root = Annotated[str, typer.Argument(help="output.root of the runs.")]
+Collection = Annotated[str | None, typer.Option(help="Only the tables of this one.")]
+Where = Annotated[
+    list[str] | None, typer.Option(help="Only these partitions: --where 'dt>=2026-01-01'.")
+]
+
 
 @app.callback(invoke_without_command=True)
 def _version(
@@ -150,7 +156,7 @@ def rerank(
 
 @app.command()
 def verify(
-    root: Annotated[str, typer.Argument(help="output.root of the runs.")],
+    root: Root,
     manifest: Annotated[str | None, typer.Option(help="The manifest that was embedded.")] = None,
     collection: Annotated[str | None, typer.Option(help="Where the root holds several.")] = None,
     partition_by: Annotated[
@@ -176,7 +182,7 @@ def verify(
 
 @app.command()
 def search(
-    root: Annotated[str, typer.Argument(help="output.root of the runs.")],
+    root: Root,
     text: Annotated[str | None, typer.Argument(help="What is asked, in words.")] = None,
     image: Annotated[str | None, typer.Option(help="Picture: a path or an address.")] = None,
     video: Annotated[str | None, typer.Option(help="Clip: a path or an address.")] = None,
@@ -226,7 +232,7 @@ def search(
 
 @app.command()
 def alias(
-    root: Annotated[str, typer.Argument(help="output.root of the runs.")],
+    root: Root,
     name: Annotated[str | None, typer.Argument(help="The alias.")] = None,
     collection: Annotated[str | None, typer.Argument(help="What it stands for from now.")] = None,
     endpoint_url: EndpointUrl = None,
@@ -249,7 +255,7 @@ def alias(
 
 @app.command()
 def compare(
-    root: Annotated[str, typer.Argument(help="output.root of the runs.")],
+    root: Root,
     first: Annotated[str, typer.Argument(help="A collection or an alias.")],
     second: Annotated[str, typer.Argument(help="Another.")],
     queries: Annotated[str, typer.Option(help="JSONL, CSV or Parquet: text, image or video.")],
@@ -276,6 +282,99 @@ def compare(
         print(found.to_json())
     else:
         Console().print(found.table())
+
+
+@app.command()
+def index(
+    root: Root,
+    collection: Collection = None,
+    where: Where = None,
+    recall: Annotated[
+        float, typer.Option(help="Least share of the exhaustive top 10 that an index must find.")
+    ] = 0.99,
+    max_nprobes: Annotated[
+        int | None, typer.Option(help="Most lists that a query may read; without it a quarter.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Work here, without Ray.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster (or RAY_ADDRESS); a local one without it.")
+    ] = None,
+    json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Build or refresh the indexes of tables; publish those whose measured recall suffices."""
+    from qvl_batch.jobs.index import run_index
+    from qvl_batch.tables.index import IndexRules
+
+    report = run_index(
+        root,
+        Storage.of(endpoint_url=endpoint_url, region=region),
+        collection=collection,
+        where=where or [],
+        rules=IndexRules(recall=recall, max_nprobes=max_nprobes),
+        local=local,
+        address=address,
+        echo=_nowhere if json else print,
+    )
+    print(report.to_json() if json else report)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def compact(
+    root: Root,
+    collection: Collection = None,
+    where: Where = None,
+    steal: Annotated[
+        bool, typer.Option("--steal", help="Take a table from a killed run at once.")
+    ] = False,
+    json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Write many small files of a table anew as few large ones; its rows and indexes stay."""
+    from qvl_batch.jobs.maintenance import run_compact
+
+    report = run_compact(
+        root,
+        Storage.of(endpoint_url=endpoint_url, region=region),
+        collection=collection,
+        where=where or [],
+        steal=steal,
+        echo=_nowhere if json else print,
+    )
+    print(report.to_json() if json else report)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def gc(
+    root: Root,
+    older_than: Annotated[
+        str, typer.Option(help="Longer than any run takes: 7d, 36h; at least 1h.")
+    ] = "7d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Remove old versions of tables, and files that no version refers to."""
+    from qvl_batch.jobs.maintenance import parse_age, run_gc
+
+    report = run_gc(
+        root,
+        Storage.of(endpoint_url=endpoint_url, region=region),
+        older_than=parse_age(older_than),
+        dry_run=dry_run,
+        echo=_nowhere if json else print,
+    )
+    print(report.to_json() if json else report)
+    raise typer.Exit(report.exit_code)
+
+
+def _nowhere(_: str) -> None:
+    """Take a line for a person where only JSON is wanted."""
 
 
 @app.command()

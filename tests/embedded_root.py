@@ -9,7 +9,8 @@ from typing import Any
 from qvl_batch.config import parse_config
 from qvl_batch.demo.checkpoint import DEMO_RECIPE, embedding_dir
 from qvl_batch.demo.corpus import CorpusSummary, write_corpus
-from qvl_batch.jobs.embed import decode_limits, fetch_limits, prepare
+from qvl_batch.jobs.embed import prepare
+from qvl_batch.jobs.limits import decode_limits, fetch_limits
 from qvl_batch.jobs.stages import DecodeMedia, EmbedMedia, WriteRows
 from qvl_batch.media.manifest import build_manifest
 from qvl_batch.recipe import DEFAULT_INSTRUCTION

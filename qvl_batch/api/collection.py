@@ -21,7 +21,7 @@ from qvl_batch.errors import ConfigError, InputError, RecipeMismatchError
 from qvl_batch.recipe import Recipe, differences
 from qvl_batch.tables.filters import filter_of
 from qvl_batch.tables.open import OpenTables
-from qvl_batch.tables.rows import find_row
+from qvl_batch.tables.rows import find_row, read_scores
 from qvl_batch.tables.search import COLUMNS, SHORTLIST, search
 from qvl_batch.tables.store import TableStore
 
@@ -212,6 +212,27 @@ class Collection:
         if found is None:
             where = f"table {table}" if table is not None else f"collection {self.name}"
             raise InputError(f"{where} has no row {row_id!r}.", "Take a row_id of a search.")
+        return found
+
+    def scores(self, name: str = "scores") -> pa.Table:
+        """Return what a rerank job said of this collection's rows, from tables of this root.
+
+        Args:
+            name: The job's ``output.collection``.
+
+        Returns:
+            One row a (query, row) pair: `schema.scores`, sorted by ``query_id, rank_before``.
+
+        Raises:
+            ConfigError: If there are no scores of that name.
+        """
+        found = read_scores(self._store, name, self.name)
+        if found is None:
+            raise ConfigError(
+                f"{self._store.root} holds no scores {name!r}.",
+                "Give the output.collection of a rerank job; connect to its root if it has its "
+                "own.",
+            )
         return found
 
     def __repr__(self) -> str:

@@ -12,8 +12,9 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-# What the other columns of a table take, and what a name or text is left at the least.
-_OTHER_CELLS = 42
+# What rank, score, kind and the gaps take, what the columns of a reranker do, and what a name or a
+# text is left at the least.
+_OTHER_CELLS, _RERANK_CELLS = 32, 18
 _LEAST_CELLS = 20
 _KIND_STYLES = {"image": "green", "video": "magenta", "document": "yellow", "text": "blue"}
 
@@ -61,10 +62,15 @@ def hits_table(hits: pa.Table, title: str, *, width: int = 120) -> Table:
         width: Cells of a line: what names and texts are shortened to.
     """
     is_reranked = "rerank_score" in hits.column_names
-    texts = sum(text is not None for text in hits["text"].to_pylist())
-    left = max(_LEAST_CELLS, width - (_OTHER_CELLS + 16 * is_reranked))
-    name_cells = left if not texts else max(_LEAST_CELLS, left * 3 // 5)
-    text_cells = max(_LEAST_CELLS, left - name_cells)
+    names = [printable(uri or "") for uri in hits["uri"].to_pylist()]
+    texts = [printable(" ".join((text or "").split())) for text in hits["text"].to_pylist()]
+    places = [place(hit) for hit in hits.select(["page", "start_s", "end_s"]).to_pylist()]
+    taken = _OTHER_CELLS + _RERANK_CELLS * is_reranked + max(map(cell_len, places), default=0)
+    left = max(_LEAST_CELLS, width - taken)
+    # A narrow window shows names rather than texts.
+    with_texts = any(texts) and left >= 2 * _LEAST_CELLS
+    name_cells = max(map(cell_len, names), default=0)
+    name_cells = min(name_cells, max(_LEAST_CELLS, left * 3 // 5) if with_texts else left)
     table = Table(
         title=Text(printable(title), "bold"),
         title_justify="left",
@@ -75,26 +81,24 @@ def hits_table(hits: pa.Table, title: str, *, width: int = 120) -> Table:
     if is_reranked:
         table.add_column("before", justify="right", style="dim")
         table.add_column("rerank", justify="right", style="bold cyan")
-    table.add_column("score", justify="right", style="cyan")
-    table.add_column("kind")
+    table.add_column("score", justify="right", style="cyan", min_width=5)
+    table.add_column("kind", min_width=8)
     table.add_column("file", no_wrap=True)
     table.add_column("place", no_wrap=True)
-    if texts:
+    if with_texts:
         table.add_column("text", no_wrap=True)
-    for hit in hits.to_pylist():
+    for hit, name, at, text in zip(hits.to_pylist(), names, places, texts, strict=True):
         cells = [Text(str(hit["rank"]))]
         if is_reranked:
             score = hit["rerank_score"]
             cells += [Text(str(hit["rank_before"])), Text("–" if score is None else f"{score:.3f}")]
-        name = shortened(printable(hit["uri"] or ""), name_cells)
-        text = shortened(printable(" ".join((hit["text"] or "").split())), text_cells)
         table.add_row(
             *cells,
             Text(f"{hit['score']:.3f}"),
             Text(printable(hit["kind"]), _KIND_STYLES.get(hit["kind"], "")),
-            Text(name),
-            Text(place(hit)),
-            *([Text(text)] if texts else []),
+            Text(shortened(name, name_cells)),
+            Text(at),
+            *([Text(_begin(text, left - name_cells))] if with_texts else []),
         )
     return table
 
@@ -107,6 +111,10 @@ def _fitting(text: str, cells: int) -> str:
         if taken > cells:
             return text[:i]
     return text
+
+
+def _begin(text: str, cells: int) -> str:
+    return text if cell_len(text) <= cells else f"{_fitting(text, cells - 1)}…"
 
 
 def _clock(seconds: float) -> str:

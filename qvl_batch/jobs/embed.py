@@ -50,6 +50,7 @@ from qvl_batch.jobs.stages import DecodeMedia, DecodingWorker, EmbedMedia, Write
 from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage
 from qvl_batch.tables import catalog
+from qvl_batch.tables.aliases import refuse_alias
 from qvl_batch.tables.embedding_metadata import embedding_functions
 from qvl_batch.tables.layout import check_collection_name, partition_json
 from qvl_batch.tables.ledger import check_recipe as check_table_recipe
@@ -88,6 +89,7 @@ def prepare(
     units = identify(manifest, collection)
     store = TableStore(config.output.root, storage)
     store.check_writable()
+    refuse_alias(store, collection)
     model = model or QwenCheckpoint.of(config.model, storage, config.pools.embed.batch_tokens)
     recipe = config.build_recipe(model.digest(), model.dim())
     check_recipe(store, collection, recipe)

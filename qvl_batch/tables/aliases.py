@@ -58,6 +58,21 @@ def resolve(store: TableStore, name: str) -> str:
     return collection
 
 
+def refuse_alias(store: TableStore, collection: str) -> None:
+    """Refuse to write a collection that an alias hides.
+
+    Raises:
+        ConfigError: If the name is an alias.
+        StorageError: If that can not be told.
+    """
+    hidden = read(store).get(collection)
+    if hidden is not None:
+        raise ConfigError(
+            f"output.collection is {collection!r}, which is an alias of {hidden} in {store.root}.",
+            f"Write to {hidden}, or to a collection of another name.",
+        )
+
+
 def switch(store: TableStore, alias: str, collection: str) -> None:
     """Let an alias stand for a collection from now on, in one commit; make the alias if need be.
 

@@ -1,4 +1,4 @@
-"""One row of a collection's tables by its id, with the vector that is stored for it."""
+"""Rows of tables as they are: one by its id with its vector, and all scores of a rerank job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qvl_batch.tables.store import storage_error
+from qvl_batch.tables.ledger import table_kind
+from qvl_batch.tables.open import collection_of
+from qvl_batch.tables.scores import SCORES_KIND
+from qvl_batch.tables.store import TableStore, storage_error
 
 _VECTOR_COLUMNS = ("vector", "vector_int8", "vector_scale", "vector_bits")
 _THREADS = 8
@@ -50,6 +53,38 @@ def find_row(tables: Mapping[str, lance.LanceDataset], row_id: str) -> dict[str,
                 )
                 return {"table": name, **plain.to_pylist()[0], "vector": stored_vector(found)}
     return None
+
+
+def read_scores(store: TableStore, name: str, collection: str) -> pa.Table | None:
+    """Return the scores that a rerank job gave to rows of a collection, of all partitions.
+
+    Args:
+        store: Where the tables of the scores lie.
+        name: Of the scores, as the job's ``output.collection`` has it.
+        collection: Whose rows: what the job said of other collections' is left out.
+
+    Returns:
+        The columns of `schema.scores`; None if there is no table of scores of that name.
+
+    Raises:
+        StorageError: If a table can not be read.
+    """
+    names = [table for table in store.names() if collection_of(table) == name]
+    opened = [dataset for table in names if (dataset := store.open(table)) is not None]
+    parts = []
+    for dataset in opened:
+        if table_kind(dataset) != SCORES_KIND:
+            continue
+        try:
+            rows = dataset.to_table()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise storage_error(dataset.uri, error) from error
+        searched = pa.array([collection_of(table) for table in rows["table"].to_pylist()])
+        parts.append(rows.filter(pc.equal(searched.cast(pa.string()), collection)))
+    if not parts:
+        return None
+    found = pa.concat_tables(parts, promote_options="default").replace_schema_metadata(None)
+    return found.sort_by([("query_id", "ascending"), ("rank_before", "ascending")])
 
 
 def stored_vector(row: pa.Table) -> npt.NDArray[np.float32]:

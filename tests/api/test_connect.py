@@ -318,6 +318,32 @@ def test_an_alias_is_switched_under_a_reader(several):
         assert root.collections().to_pylist()[0]["aliases"] == ["live"]
 
 
+def test_a_collection_is_not_written_under_an_alias(embedded, tmp_path):
+    made = replace(embedded, root=str(tmp_path / "vectors"))
+    embed_into(made, input={"limit": 2})
+    with connect(made.root) as root:
+        root.switch_alias("live", "media")
+        with pytest.raises(ConfigError, match="alias of media"):
+            embed_into(made, output={"collection": "live"})
+        # Made by hand, it is neither guessed nor hidden.
+        shutil.copytree(f"{made.root}/media__dt-2026-01-01.lance", f"{made.root}/live.lance")
+        rows = lance.dataset(f"{made.root}/live.lance")
+        rows.update_schema_metadata({"qvl.collection": "live"})
+        with pytest.raises(ConfigError, match="an alias of media and a collection as well"):
+            root.collection("live")
+        assert "alias" in {problem.kind for problem in root.health().problems}
+
+
+def test_tables_of_other_makers_are_no_collections(embedded, tmp_path):
+    made = replace(embedded, root=str(tmp_path / "vectors"))
+    embed_into(made, input={"limit": 2})
+    lance.write_dataset(pa.table({"x": [1]}), f"{made.root}/theirs.lance")
+    with connect(made.root) as root:
+        assert root.collections()["collection"].to_pylist() == ["media"]
+        assert root.collection().name == "media"
+        assert "theirs" not in repr(root)
+
+
 def test_there_is_no_such_root(tmp_path):
     with pytest.raises(StorageError, match="no directory"):
         connect(tmp_path / "absent")

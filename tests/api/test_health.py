@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 
+import lance
+import pyarrow as pa
 import pytest
 
 from qvl_batch.api.health import check_health
+from qvl_batch.schema import CATALOG
 from qvl_batch.tables import aliases, catalog, commit
-from qvl_batch.tables.layout import partition_json
 from qvl_batch.tables.store import TableStore
 from tests.tables import rows
 
@@ -26,7 +28,6 @@ def make(store: TableStore, collection: str, day: str, ids: list[str], **options
     schema = rows.schema(collection, partition, **options)
     store.create(name, schema)
     rows.add(store, name, rows.table_rows(ids, schema, **options), f"{name}:{ids}")
-    assert partition_json(partition)
     return name
 
 
@@ -102,10 +103,25 @@ def test_an_alias_that_leads_nowhere_or_two_ways(store):
     ]
 
 
-def test_somebody_elses_table_is_left_alone(store):
-    import lance
-    import pyarrow as pa
+def test_rows_that_the_published_index_does_not_cover(store):
+    name = make(store, "media", "a1", [f"x{i}" for i in range(300)])
+    store.open(name).create_index(
+        "vector_bits", "IVF_FLAT", name="bits", num_partitions=2, metric="hamming"
+    )
+    # Published by name, as an index job does once the recall suffices.
+    state = dict.fromkeys(CATALOG.field("index").type.names) | {"name": "bits", "num_rows": 300}
+    catalog.refresh(store, [name], {}, run_id="r", indexes={name: state})
+    assert check_health(store).ok
+    assert check_health(store).counts["num_unindexed_rows"].to_pylist() == [0]
+    make(store, "media", "a1", ["y", "z"])
+    catalog.refresh(store, [name], {}, run_id="r")
+    health = check_health(store)
+    assert [problem.kind for problem in health.problems] == ["unindexed"]
+    assert "2 of 302 rows" in str(health)
+    assert health.counts["num_unindexed_rows"].to_pylist() == [2]
 
+
+def test_somebody_elses_table_is_left_alone(store):
     lance.write_dataset(pa.table({"x": [1]}), f"{store.root}/theirs.lance")
     health = check_health(store)
     assert health.ok

@@ -74,8 +74,10 @@ def test_lines_fit_the_terminal_and_names_keep_their_ends(width):
     hits = [hit(uri="/data/" + "x" * 300 + "0001.png", text="word " * 100)]
     lines = shown(hits, width=width).splitlines()
     assert max(map(cell_len, lines)) <= width
-    if width >= 80:
-        assert any("0001.png" in line for line in lines)
+    (line,) = [line for line in lines if "/data/x" in line]
+    assert line.split()[:3] == ["1", "0.500", "image"]
+    assert "0001.png" in line
+    assert ("word" in line) == (width >= 80)
 
 
 @pytest.mark.parametrize(

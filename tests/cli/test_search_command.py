@@ -106,6 +106,22 @@ def test_a_hit_that_can_not_be_read_again_is_told(embedded, run):
     assert "MissingMediaError: no such file" in printed
 
 
+def test_a_page_with_the_media(embedded, run, tmp_path):
+    page = tmp_path / "hits.html"
+    text = "two red circles <script>alert(1)</script>"
+    asked = ("search", embedded.root, text, "--where", "kind=image", "--top-k", 3)
+    printed = run(*asked, "--html", page)
+    assert f"wrote {page}" in printed
+    html = page.read_text()
+    assert html.count("data:image/") >= 3
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    hits = json.loads(run("search", embedded.root, "x", "--json", "--html", page))["hits"]
+    assert "etag" not in hits[0]
+    refused = run("search", embedded.root, "x", "--html", tmp_path / "no" / "x.html", code=2)
+    assert "x.html" in refused
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -75,6 +75,14 @@ def test_an_alias_that_became_a_collection_is_not_guessed(collections) -> None:
         aliases.resolve(collections, "live")
 
 
+def test_nothing_is_written_under_an_alias(collections) -> None:
+    aliases.refuse_alias(collections, "live")
+    aliases.switch(collections, "live", "media")
+    aliases.refuse_alias(collections, "media")
+    with pytest.raises(ConfigError, match="'live', which is an alias of media"):
+        aliases.refuse_alias(collections, "live")
+
+
 def test_many_at_once_leave_one_row_an_alias(tmp_path) -> None:
     store = TableStore(str(tmp_path / "root"))
     store.check_writable()
