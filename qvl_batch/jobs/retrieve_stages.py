@@ -14,7 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from qvl_batch import schema
-from qvl_batch.errors import MissingRowError, NoCandidatesError, QvlError, UnitError
+from qvl_batch.errors import (
+    MissingRowError,
+    NoCandidatesError,
+    QvlError,
+    StorageError,
+    UnitError,
+)
 from qvl_batch.jobs.media_reader import ReadMedia, WantedMedium
 from qvl_batch.jobs.parts import Part, iter_parts, parts_array
 from qvl_batch.jobs.stages import NOT_STARTED, Written, failure_value
@@ -159,8 +165,9 @@ class FirstStage:
         opened = {}
         for name, version in self.versions.items():
             dataset = store.open(name)
-            if dataset is not None:
-                opened[name] = dataset.checkout_version(version)
+            if dataset is None:
+                raise StorageError(f"{store.uri(name)} is gone.", "It was there when this began.")
+            opened[name] = dataset.checkout_version(version)
         return opened
 
 
