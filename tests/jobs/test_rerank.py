@@ -98,28 +98,35 @@ def assert_ranked(rows):
         assert (np.diff(scores) <= 0).all()
 
 
-def test_queries_become_scores_once(corpus, make_run, vectors, tmp_path):
-    run = make_run([query | {"lang": "en" if i % 2 else None} for i, query in enumerate(TEXTS)])
-    labels = write_lines(
-        tmp_path / "labels.jsonl",
-        [
-            {
-                "query_id": f"q{i}",
-                "uri": str(corpus.media_dir.resolve() / path),
-                "relevance": 1,
-            }
-            for i, query in enumerate(DEMO_QUERIES)
-            for path in dict.fromkeys(path for path, _ in corpus.answers(query))
-        ],
+@pytest.fixture(scope="module")
+def scored(corpus, vectors, tmp_path_factory):
+    """A finished run: queries in two partitions, with labels; its settings and its report."""
+    folder = tmp_path_factory.mktemp("scored")
+    queries = [query | {"lang": "en" if i % 2 else None} for i, query in enumerate(TEXTS)]
+    labels = [
+        {"query_id": f"q{i}", "uri": str(corpus.media_dir.resolve() / path), "relevance": 1}
+        for i, query in enumerate(DEMO_QUERIES)
+        for path in dict.fromkeys(path for path, _ in corpus.answers(query))
+    ]
+    run = RerankRun(
+        queries=write_lines(folder / "queries.jsonl", queries),
+        root=vectors,
+        out=str(folder / "scores"),
     )
-    settings = ("output.partition_by=[lang]", f"input.relevance={labels}")
-    report = run_rerank(run.config(*settings))
+    labelled = write_lines(folder / "labels.jsonl", labels)
+    settings = ("output.partition_by=[lang]", f"input.relevance={labelled}")
+    return run, settings, run_rerank(run.config(*settings))
+
+
+def test_queries_become_scores_once(scored):
+    run, settings, report = scored
     assert (report.queries_searched, report.pairs_scored) == (7, 70)
     rows = run.rows()
     assert len(set(rows["pair_id"].to_pylist())) == rows.num_rows == 70
     assert_ranked(rows)
     expected = expected_scores(TEXTS, rows)
     ours = dict(zip(rows["pair_id"].to_pylist(), rows["rerank_score"].to_pylist(), strict=True))
+    assert ours.keys() == expected.keys()
     for pair, score in expected.items():
         assert ours[pair] == pytest.approx(score, abs=1e-5)
     for row in rows.to_pylist():
@@ -127,21 +134,10 @@ def test_queries_become_scores_once(corpus, make_run, vectors, tmp_path):
         assert (row["lang"] == "en") == (int(row["query_id"][1:]) % 2 == 1)
         assert row["num_tokens"] > 50
         assert not row["truncated"]
-    assert run.store.names()[-2:] == ["scores__lang-en", "scores__lang-null-" + names_null(run)]
-
-    # Every medium was fetched once and every part of it encoded once, whoever asked for it.
-    visual = rows.filter(pc.not_equal(rows["kind"], "text"))
-    assert report.media_fetched == len(pc.unique(visual["uri"])) == report.media_decoded
-    assert report.parts_decoded == len(pc.unique(visual["row_id"])) < visual.num_rows
-    assert report.visions_encoded == report.parts_decoded
-    assert report.visions == visual.num_rows
-    assert report.prefix_tokens_saved > 0
-    assert report.before["recall_at_10"] == report.after["recall_at_10"] > 0.5
-    assert report.before["num_queries"] == report.after["num_queries"] == 7
-    stored = json.loads((tmp_path / f"scores/_qvl_runs/{report.run_id}.json").read_text())
-    assert stored == json.loads(report.to_json())
-    counts = check(run)
-    assert (counts.num_queries, counts.num_candidates, counts.num_scored) == (7, 70, 70)
+    assert [name.partition("-")[0] for name in run.store.names()] == [
+        *["scores.candidates__lang"] * 2,
+        *["scores__lang"] * 2,
+    ]
 
     lines = []
     again = run_rerank(run.config(*settings), echo=lines.append)
@@ -152,16 +148,27 @@ def test_queries_become_scores_once(corpus, make_run, vectors, tmp_path):
     assert run.rows().num_rows == 70
 
 
-def names_null(run):
-    """Return the hash by which a partition of no value is named."""
-    return next(n for n in run.store.names() if n.startswith("scores__lang-null")).rpartition("-")[
-        2
-    ]
+def test_the_report_proves_that_media_were_read_and_encoded_once(scored):
+    run, _, report = scored
+    visual = run.rows()
+    visual = visual.filter(pc.not_equal(visual["kind"], "text"))
+    assert report.media_fetched == len(pc.unique(visual["uri"])) == report.media_decoded
+    # Pages of one document are parts of one medium; a part is used by several pairs.
+    assert report.media_decoded < report.parts_decoded < visual.num_rows
+    assert report.parts_decoded == len(pc.unique(visual["row_id"])) == report.visions_encoded
+    assert report.visions == visual.num_rows
+    assert report.prefix_tokens_saved > 0
+    assert report.before["recall_at_10"] == report.after["recall_at_10"] > 0.5
+    assert report.before["num_queries"] == report.after["num_queries"] == 7
+    stored = f"{run.store.root}/_qvl_runs/{report.run_id}.json"
+    with open(stored) as file:
+        assert json.load(file) == json.loads(report.to_json())
+    counts = check(run)
+    assert (counts.num_queries, counts.num_candidates, counts.num_scored) == (7, 70, 70)
 
 
-def test_waves_blocks_and_pools_do_not_change_scores(make_run, tmp_path):
-    run = make_run(TEXTS)
-    run_rerank(run.config())
+def test_waves_blocks_and_pools_do_not_change_scores(scored, tmp_path):
+    run, _, _ = scored
     whole = run.rows().sort_by("pair_id")
     other = RerankRun(queries=run.queries, root=run.root, out=str(tmp_path / "other"))
     report = run_rerank(
@@ -231,40 +238,40 @@ def test_a_lost_medium_fails_its_pairs_alone(corpus, make_run, tmp_path):
     media = tmp_path / "media"
     shutil.copytree(corpus.media_dir, media)
     root = embedded(corpus, tmp_path, media)
-    run = make_run(TEXTS, root)
-    # A run that ends after the search leaves candidates, and the media are lost then.
-    whole = RerankRun(queries=run.queries, root=root, out=str(tmp_path / "whole"))
-    run_rerank(whole.config())
-    reference = whole.rows()
-    uses = reference["uri"].value_counts().to_pylist()
-    visual = [use for use in uses if not use["values"].endswith(".txt")]
-    visual.sort(key=lambda use: -use["counts"])
-    lost, changed = (use["values"] for use in visual[:2])
-    kept = (tmp_path / "kept").with_suffix(lost[-4:])
-    shutil.copy2(lost, kept)
-    (tmp_path / "media").joinpath(lost).unlink()
-    with open(changed, "ab") as file:
+    # Answers of two queries: candidates without a doubt.
+    lost, changed = (
+        media.resolve() / corpus.answers(DEMO_QUERIES[number])[0][0] for number in (0, 3)
+    )
+    kept = shutil.copy2(lost, tmp_path / "kept")
+    lost.unlink()
+    with changed.open("ab") as file:
         file.write(b"more")
+    run = make_run(TEXTS, root)
     report = run_rerank(run.config())
-    touched = visual[0]["counts"] + visual[1]["counts"]
-    assert report.pairs_failed == touched
-    assert report.pairs_scored == reference.num_rows - touched
+    uses = run.rows("scores.candidates")["uri"].to_pylist()
+    num_lost, num_changed = uses.count(str(lost)), uses.count(str(changed))
+    assert num_lost
+    assert num_changed
     assert report.failures_by_reason == {
-        "ChangedMediaError": visual[1]["counts"],
-        "MissingMediaError": visual[0]["counts"],
+        "ChangedMediaError": num_changed,
+        "MissingMediaError": num_lost,
+    }
+    assert report.pairs_failed == num_lost + num_changed == 70 - report.pairs_scored
+    failures = run.rows("_qvl_failures").to_pylist()
+    assert {row["uri"] for row in failures if row["collection"] == "scores"} == {
+        str(lost),
+        str(changed),
     }
     rows = run.rows()
-    assert not set(rows["uri"].to_pylist()) & {lost, changed}
+    assert not set(rows["uri"].to_pylist()) & {str(lost), str(changed)}
     assert_ranked(rows)
     check(run)
-    assert run_rerank(run.config()).pairs_failed_before == touched
+    assert run_rerank(run.config()).pairs_failed_before == num_lost + num_changed
 
     shutil.copy2(kept, lost)
     mended = run_rerank(run.config(), retry_failed=True)
-    assert (mended.pairs_scored, mended.pairs_failed) == (
-        visual[0]["counts"],
-        visual[1]["counts"],
-    )
+    assert (mended.pairs_scored, mended.pairs_failed) == (num_lost, num_changed)
+    # The queries that gained a pair are ranked anew.
     assert_ranked(run.rows())
     check(run)
 
@@ -289,7 +296,12 @@ def test_hostile_query_ids_are_data(make_run, tmp_path):
         for i, name in enumerate(HOSTILE)
     ]
     run = make_run(queries)
-    settings = ("search.top_k=3", "output.partition_by=[part]", "search.where=[kind=image]")
+    settings = (
+        "search.top_k=3",
+        "search.rescore=false",
+        "search.where=[kind=image]",
+        "output.partition_by=[part]",
+    )
     before = {path.name for path in tmp_path.iterdir()}
     report = run_rerank(run.config(*settings))
     assert (report.queries_searched, report.pairs_scored) == (len(HOSTILE), 3 * len(HOSTILE))
@@ -297,6 +309,9 @@ def test_hostile_query_ids_are_data(make_run, tmp_path):
     assert set(rows["query_id"].to_pylist()) == set(HOSTILE)
     assert rows["query_id"].to_pylist() == rows["part"].to_pylist()
     assert set(rows["kind"].to_pylist()) == {"image"}
+    # By the bits alone: 1 - 2 * hamming / 128.
+    firsts = rows["first_score"].to_numpy() * 64
+    np.testing.assert_allclose(firsts, np.round(firsts), atol=1e-4)
     assert {path.name for path in tmp_path.iterdir()} == before | {"scores"}
     again = run_rerank(run.config(*settings))
     assert again.pairs_scored_before == 3 * len(HOSTILE)
@@ -334,23 +349,29 @@ def test_given_candidates_are_scored_as_they_are(make_run, vectors, tmp_path):
         run_rerank(run.config())
 
 
-def test_what_was_scored_otherwise_is_refused(corpus, make_run, tmp_path):
-    run = make_run(TEXTS[:1])
-    run_rerank(run.config("search.top_k=3"))
-    top_k = "search.top_k=3"
-    for setting, field in [
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
         ("model.instruction=Find it.", "reranker.instruction"),
         ("model.image.max_px=8192", "reranker.image.max_px"),
         ("model.max_tokens=512", "reranker.max_tokens"),
         ("search.top_k=4", "search.top_k"),
         ("search.rescore=false", "search.rescore"),
         ("search.where=[kind=image]", "search.where"),
-    ]:
-        with pytest.raises(RecipeMismatchError, match=field.replace(".", r"\.")):
-            run_rerank(run.config(top_k, setting))
-    write_lines(tmp_path / "queries.jsonl", [TEXTS[0] | {"text": "another"}])
+        ("search.query_instruction=Find it.", "search.query_instruction"),
+    ],
+)
+def test_what_was_scored_otherwise_is_refused(scored, setting, field):
+    run, settings, _ = scored
+    with pytest.raises(RecipeMismatchError, match=field.replace(".", r"\.")):
+        run_rerank(run.config(*settings, setting))
+
+
+def test_a_query_that_was_changed_under_its_id_is_refused(scored, tmp_path):
+    run, settings, _ = scored
+    queries = write_lines(tmp_path / "q.jsonl", [TEXTS[1] | {"text": "another", "lang": "en"}])
     with pytest.raises(ConfigError, match="asks something else"):
-        run_rerank(run.config(top_k))
+        run_rerank(run.config(*settings, f"input.queries={queries}"))
 
 
 def test_wrong_input_is_told_before_ray(make_run, vectors, tmp_path):
@@ -380,14 +401,6 @@ def test_nothing_found_is_a_failure_and_not_searched_for_ever(make_run):
     assert (again.queries_failed_before, again.queries_failed) == (2, 0)
     check_none = verify(str(run.store.root), run.storage)
     assert check_none.problems == ()
-
-
-def test_bits_alone_rank_the_first_stage(make_run):
-    run = make_run(TEXTS[:2])
-    run_rerank(run.config("search.rescore=false", "search.top_k=4"))
-    firsts = run.rows()["first_score"].to_numpy()
-    # 1 - 2 * hamming / 128
-    np.testing.assert_allclose(firsts * 64, np.round(firsts * 64), atol=1e-4)
 
 
 def test_byte_ranges_are_read_again_as_ranges(corpus, tmp_path):
@@ -429,3 +442,30 @@ def test_byte_ranges_are_read_again_as_ranges(corpus, tmp_path):
     assert (checked.num_done, checked.scores[0].num_scored) == (2, 2)
     assert run_embed(Job(manifest=manifest, root=root).config()).skipped_done == 2
     assert str(embedding_dir()) in str(run.store.open("media").schema.metadata)
+
+
+def test_reranking_mends_a_weak_first_stage(tmp_path):
+    """Hard negatives behind 16 sign bits, unrescored: the reranker sees what the bits lost."""
+    from qvl_batch.demo.evaluation import EXACT, write_evaluation
+    from qvl_batch.media.manifest import build_manifest
+
+    found = write_evaluation(tmp_path / "set", picture_families=25, clip_families=0)
+    manifest, root = str(tmp_path / "manifest.parquet"), str(tmp_path / "vectors")
+    build_manifest(str(found.media_dir), manifest, storage=Storage(), partition_from=None)
+    run_embed(
+        Job(manifest=manifest, root=root).config("recipe.dim=16", "recipe.encodings=[binary]")
+    )
+    run = RerankRun(queries=str(found.queries_path), root=root)
+    report = run_rerank(
+        run.config(
+            f"input.relevance={found.labels_path}",
+            f"input.relevant_from={EXACT}",
+            "input.limit=50",
+            "search.rescore=false",
+            "search.top_k=20",
+        )
+    )
+    assert report.after["num_queries"] == 50
+    assert report.after["recall_at_1"] > report.before["recall_at_1"] + 0.1
+    assert report.after["ndcg_at_10"] > report.before["ndcg_at_10"]
+    assert report.visions_encoded == report.media_fetched < report.pairs_scored
