@@ -442,30 +442,3 @@ def test_byte_ranges_are_read_again_as_ranges(corpus, tmp_path):
     assert (checked.num_done, checked.scores[0].num_scored) == (2, 2)
     assert run_embed(Job(manifest=manifest, root=root).config()).skipped_done == 2
     assert str(embedding_dir()) in str(run.store.open("media").schema.metadata)
-
-
-def test_reranking_mends_a_weak_first_stage(tmp_path):
-    """Hard negatives behind 16 sign bits, unrescored: the reranker sees what the bits lost."""
-    from qvl_batch.demo.evaluation import EXACT, write_evaluation
-    from qvl_batch.media.manifest import build_manifest
-
-    found = write_evaluation(tmp_path / "set", picture_families=25, clip_families=0)
-    manifest, root = str(tmp_path / "manifest.parquet"), str(tmp_path / "vectors")
-    build_manifest(str(found.media_dir), manifest, storage=Storage(), partition_from=None)
-    run_embed(
-        Job(manifest=manifest, root=root).config("recipe.dim=16", "recipe.encodings=[binary]")
-    )
-    run = RerankRun(queries=str(found.queries_path), root=root)
-    report = run_rerank(
-        run.config(
-            f"input.relevance={found.labels_path}",
-            f"input.relevant_from={EXACT}",
-            "input.limit=50",
-            "search.rescore=false",
-            "search.top_k=20",
-        )
-    )
-    assert report.after["num_queries"] == 50
-    assert report.after["recall_at_1"] > report.before["recall_at_1"] + 0.1
-    assert report.after["ndcg_at_10"] > report.before["ndcg_at_10"]
-    assert report.visions_encoded == report.media_fetched < report.pairs_scored
