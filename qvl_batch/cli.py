@@ -193,7 +193,7 @@ def demo(
         "qvl-demo"
     ),
 ) -> None:
-    """Draw a small corpus, embed it through local Ray, and answer a few queries from the tables."""
+    """Draw a small corpus, embed it on local Ray, search it, rerank, and write a gallery page."""
     from qvl_batch.demo.run import run_demo
 
     raise typer.Exit(run_demo(out))

@@ -30,8 +30,14 @@ if TYPE_CHECKING:
     import fsspec
 
 S3_DIR = Path(__file__).parent / "s3"
-RGW_COMMANDS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd")
-RGW_PACKAGES = "radosgw ceph-mon ceph-osd ceph-common"
+# What a marked test needs on PATH, and the Debian packages that bring it.
+PROGRAMS = {
+    "s3real": (
+        ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd"),
+        "radosgw ceph-mon ceph-osd ceph-common",
+    ),
+    "chromium": (("chromium",), "chromium"),
+}
 REGION = "us-east-1"
 
 
@@ -215,11 +221,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("s3real") is None:
-        return
-    missing = [name for name in RGW_COMMANDS if shutil.which(name) is None]
-    if missing:
-        reason = f"no {', '.join(missing)} on PATH; Debian packages: {RGW_PACKAGES}"
-        if os.environ.get("QVL_TESTS") == "all":
-            pytest.fail(f"QVL_TESTS=all: {reason}", pytrace=False)
-        pytest.skip(reason)
+    """Skip what the machine lacks the programs for, or fail where everything must run."""
+    for marker, (programs, packages) in PROGRAMS.items():
+        if item.get_closest_marker(marker) is None:
+            continue
+        missing = [name for name in programs if shutil.which(name) is None]
+        if missing:
+            reason = f"no {', '.join(missing)} on PATH; Debian packages: {packages}"
+            if os.environ.get("QVL_TESTS") == "all":
+                pytest.fail(f"QVL_TESTS=all: {reason}", pytrace=False)
+            pytest.skip(reason)

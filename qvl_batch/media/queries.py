@@ -125,7 +125,7 @@ def check_queries(listed: Columns, partition_by: Sequence[str] = ()) -> Queries:
 
 
 def _partition_column(listed: Columns, key: str) -> pa.Array:
-    """Return a partition column; its values are named by `jobs.plan.partition_value`."""
+    """Return a partition column; its values are named by `jobs.manifest.partition_value`."""
     if key in _RESERVED or key.startswith("_"):
         raise ManifestError(
             f"{listed.path}: scores can not be partitioned by {key!r}, "
