@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from qvl_batch import schema
-from qvl_batch.jobs.rerank_plan import cut_media, cut_queries, cut_waves, group_by_medium
+from qvl_batch.jobs.rerank_blocks import cut_media, cut_queries, cut_waves, group_by_medium
 from qvl_batch.recipe import DocumentBudget, ImageBudget, RerankRecipe, VideoBudget
 
 MIB = 2**20
