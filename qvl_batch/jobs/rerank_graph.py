@@ -33,7 +33,7 @@ from qvl_batch.recipe import Recipe, RerankRecipe, Segmentation
 from qvl_batch.units import EmbedInput, Vision
 
 if TYPE_CHECKING:
-    from qvl_batch.jobs.rerank import RerankJob
+    from qvl_batch.jobs.rerank_job import RerankJob
 
 
 def retrieval_graph(job: RerankJob, plan: QueryPlan, pools: Pools, control: Any) -> Iterator[Any]:
