@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
@@ -19,19 +18,15 @@ from lancedb.index import FTS
 
 import qvl_batch.lancedb as plugins
 from qvl_batch import Embedder, Reranker
-from qvl_batch.config import parse_config
-from qvl_batch.demo.checkpoint import DEMO_RECIPE, embedding_dir, reranker_dir
+from qvl_batch.demo.checkpoint import embedding_dir, reranker_dir
 from qvl_batch.demo.corpus import write_corpus
 from qvl_batch.demo.queries import DEMO_QUERIES
 from qvl_batch.errors import InputError, ModelError
-from qvl_batch.jobs.embed import EmbedJob, decode_limits, fetch_limits, prepare
-from qvl_batch.jobs.stages import DecodeMedia, EmbedMedia
 from qvl_batch.media.manifest import build_manifest
 from qvl_batch.recipe import DEFAULT_INSTRUCTION
 from qvl_batch.storage import Storage
-from qvl_batch.tables import commit
-from qvl_batch.tables.fragments import explode, write_fragments
 from tests.api.conftest import BUDGETS
+from tests.embedded_root import EmbeddedRoot, embed_into
 
 QUERY = DEMO_QUERIES[0].text
 PACKED = "pictures.bin"
@@ -73,56 +68,20 @@ def listed(media: Path) -> tuple[list[dict], Path]:
     return lines, pictures[0]
 
 
-def embed_in_process(job: EmbedJob) -> None:
-    """Run the stages of the embed job one after the other; one table, no failure."""
-    stage = DecodeMedia(
-        storage=job.storage,
-        recipe=job.recipe,
-        fetch_limits=fetch_limits(job.config.limits),
-        decode_limits=decode_limits(job.config.limits),
-        resize=job.model.resize,
-        load_counter=lambda: job.model.load_counter(job.recipe),
-    )
-    worker = stage.open()
-    embedded = EmbedMedia(lambda: job.model.load_engine(job.recipe))(worker(job.plan.todo))
-    worker.close()
-    assert embedded["_failure"].null_count == embedded.num_rows
-    ((name, schema),) = job.schemas.items()
-    job.store.create(name, schema)
-    rows = explode(embedded, schema, job.run_id, datetime.now(UTC))
-    written = write_fragments(job.store.root, job.storage, name, rows)
-    commit.append(job.store, name, written, marker="all", run_id=job.run_id)
-
-
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory) -> Tables:
     folder = tmp_path_factory.mktemp("plugins")
-    media = write_corpus(folder).media_dir
-    lines, first_picture = listed(media)
+    corpus = write_corpus(folder)
+    lines, first_picture = listed(corpus.media_dir)
     source = folder / "list.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     manifest = str(folder / "manifest.parquet")
     build_manifest(str(source), manifest, storage=Storage(), partition_from=None)
-    for name, changed in {
-        "bits": {},
-        "floats": {"encodings": ["float16"], "segmentation": {"video_s": 2}},
-    }.items():
-        values = {
-            "input": {"manifest": manifest},
-            "output": {
-                "root": str(folder / "vectors"),
-                "collection": name,
-                "partition_by": [],
-            },
-            "model": {
-                "path": str(embedding_dir()),
-                "query_instruction": DEFAULT_INSTRUCTION,
-                "check": False,
-            },
-            "recipe": DEMO_RECIPE | changed,
-        }
-        embed_in_process(prepare(parse_config(values)))
-    return Tables(folder / "vectors", media, first_picture)
+    made = EmbeddedRoot(corpus, manifest, str(folder / "vectors"))
+    embed_into(made, output={"collection": "bits", "partition_by": []})
+    halves = {"encodings": ["float16"], "segmentation": {"video_s": 2}}
+    embed_into(made, output={"collection": "floats", "partition_by": []}, recipe=halves)
+    return Tables(Path(made.root), corpus.media_dir, first_picture)
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,10 @@ from nbclient import NotebookClient
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from qvl_batch.config import parse_config
-from qvl_batch.demo.checkpoint import DEMO_RECIPE, embedding_dir, reranker_dir
-from qvl_batch.demo.corpus import write_corpus
+from qvl_batch.demo.checkpoint import DEMO_RECIPE, reranker_dir
 from qvl_batch.demo.queries import DEMO_QUERIES
-from qvl_batch.media.manifest import build_manifest
-from qvl_batch.recipe import DEFAULT_INSTRUCTION
 from qvl_batch.rerank_config import parse_rerank_config
-from qvl_batch.storage import Storage
+from tests.embedded_root import embed_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 NOTEBOOK = REPOSITORY / "infra" / "notebooks" / "explore.py"
@@ -38,38 +34,24 @@ def root(tmp_path_factory) -> str:
     import ray
 
     from qvl_batch.jobs.cluster import connect
-    from qvl_batch.jobs.embed import run_embed
     from qvl_batch.jobs.rerank import run_rerank
 
     folder = tmp_path_factory.mktemp("notebook")
-    media = write_corpus(folder).media_dir
-    manifest = str(folder / "manifest.parquet")
-    build_manifest(str(media), manifest, storage=Storage(), partition_from=None)
-    values = {
-        "input": {"manifest": manifest},
-        "output": {"root": str(folder / "vectors")},
-        "model": {
-            "path": str(embedding_dir()),
-            "query_instruction": DEFAULT_INSTRUCTION,
-            "check": False,
-        },
-        "recipe": DEMO_RECIPE,
-    }
+    root = embed_corpus(folder).root
     queries = folder / "queries.jsonl"
     queries.write_text("".join(json.dumps({"text": q.text}) + "\n" for q in DEMO_QUERIES))
     reranking = {
         "input": {"queries": str(queries)},
-        "search": {"root": values["output"]["root"], "top_k": 6},
+        "search": {"root": root, "top_k": 6},
         "model": {
             "path": str(reranker_dir()),
             **{name: DEMO_RECIPE[name] for name in ("image", "video", "document")},
         },
     }
     connect("local")
-    run_embed(parse_config(values))
     run_rerank(parse_rerank_config(reranking))
     ray.shutdown()
-    return values["output"]["root"]
+    return root
 
 
 def test_the_notebook_runs_and_says_what_it_should(root, tmp_path) -> None:
