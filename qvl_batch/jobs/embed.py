@@ -51,6 +51,7 @@ from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage
 from qvl_batch.tables import catalog
 from qvl_batch.tables.aliases import refuse_alias
+from qvl_batch.tables.embedding_metadata import embedding_functions
 from qvl_batch.tables.layout import check_collection_name, partition_json
 from qvl_batch.tables.ledger import check_recipe as check_table_recipe
 from qvl_batch.tables.store import TableStore
@@ -103,7 +104,10 @@ def prepare(
         limit=config.input.limit,
     )
     certificate = certify(config, model) if plan.todo.num_rows else None
-    stated = model.stated() | ({"qvl.certificate": certificate.sha256} if certificate else {})
+    stated = model.stated()
+    stated |= embedding_functions(recipe, stated)
+    if certificate:
+        stated |= {"qvl.certificate": certificate.sha256}
     schemas = {
         name: schema.table_rows(
             recipe,
