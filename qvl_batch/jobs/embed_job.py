@@ -27,6 +27,7 @@ from qvl_batch.storage import Storage, is_local
 from qvl_batch.tables import staging
 from qvl_batch.tables.aliases import refuse_alias
 from qvl_batch.tables.conditional import check_exclusive
+from qvl_batch.tables.embedding_metadata import embedding_functions
 from qvl_batch.tables.layout import Partition, check_collection_name, partition_json
 from qvl_batch.tables.lease import Leases, lease_place
 from qvl_batch.tables.ledger import check_recipe as check_table_recipe
@@ -257,7 +258,10 @@ def _schemas(
     certificate: Certificate | None,
     partitions: Mapping[str, Partition],
 ) -> dict[str, pa.Schema]:
-    stated = model.stated() | ({"qvl.certificate": certificate.sha256} if certificate else {})
+    stated = model.stated()
+    stated |= embedding_functions(recipe, stated)
+    if certificate:
+        stated |= {"qvl.certificate": certificate.sha256}
     own = [f for f in manifest.extra_fields if f.name not in schema.MANIFEST.names]
     return {
         name: schema.table_rows(

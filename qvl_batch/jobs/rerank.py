@@ -25,9 +25,10 @@ from qvl_batch.jobs.checkpoint import Model, QwenReranker, RerankModel
 from qvl_batch.jobs.cluster import Pools, choose_pools, connect
 from qvl_batch.jobs.driver import EXIT_OF_SIGNAL, Run, Work
 from qvl_batch.jobs.report import write_certificate
+from qvl_batch.jobs.rerank_blocks import cut_waves
 from qvl_batch.jobs.rerank_graph import open_queries, pairs_graph, retrieval_graph
 from qvl_batch.jobs.rerank_job import RerankJob, prepare
-from qvl_batch.jobs.rerank_plan import PairPlan, QueryPlan, cut_waves, incomplete, plan_pairs
+from qvl_batch.jobs.rerank_plan import PairPlan, QueryPlan, incomplete, plan_pairs
 from qvl_batch.jobs.rerank_report import RerankReport, Tally, write_rerank_report
 from qvl_batch.jobs.rerank_stages import WriteScores
 from qvl_batch.jobs.retrieve_stages import WriteCandidates

@@ -18,7 +18,8 @@ from qvl_batch.jobs.graph import beside, from_blocks, on_cpus, on_gpus
 from qvl_batch.jobs.limits import decode_limits, fetch_limits
 from qvl_batch.jobs.media_reader import ReadMedia
 from qvl_batch.jobs.parts import iter_parts
-from qvl_batch.jobs.rerank_plan import PairPlan, QueryPlan, cut_media, cut_queries
+from qvl_batch.jobs.rerank_blocks import cut_media, cut_queries
+from qvl_batch.jobs.rerank_plan import PairPlan, QueryPlan
 from qvl_batch.jobs.rerank_stages import DecodeDocuments, DocumentDecoder, RerankPairs
 from qvl_batch.jobs.retrieve_stages import (
     DecodeQueries,
@@ -32,7 +33,7 @@ from qvl_batch.recipe import Recipe, RerankRecipe, Segmentation
 from qvl_batch.units import EmbedInput, Vision
 
 if TYPE_CHECKING:
-    from qvl_batch.jobs.rerank import RerankJob
+    from qvl_batch.jobs.rerank_job import RerankJob
 
 
 def retrieval_graph(job: RerankJob, plan: QueryPlan, pools: Pools, control: Any) -> Iterator[Any]:

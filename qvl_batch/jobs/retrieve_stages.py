@@ -12,9 +12,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qvl_batch import schema
-from qvl_batch.errors import MissingRowError, NoCandidatesError, QvlError, UnitError
+from qvl_batch.errors import (
+    MissingRowError,
+    NoCandidatesError,
+    QvlError,
+    StorageError,
+    UnitError,
+)
 from qvl_batch.jobs.media_reader import ReadMedia, WantedMedium
 from qvl_batch.jobs.parts import Part, iter_parts, parts_array
 from qvl_batch.jobs.stages import NOT_STARTED, Written, failure_value
@@ -159,8 +166,9 @@ class FirstStage:
         opened = {}
         for name, version in self.versions.items():
             dataset = store.open(name)
-            if dataset is not None:
-                opened[name] = dataset.checkout_version(version)
+            if dataset is None:
+                raise StorageError(f"{store.uri(name)} is gone.", "It was there when this began.")
+            opened[name] = dataset.checkout_version(version)
         return opened
 
 
@@ -174,7 +182,8 @@ class SearchTables:
     def __call__(self, embedded: pa.Table) -> pa.Table:
         failures = embedded["_failure"].to_pylist()
         places = [i for i, failure in enumerate(failures) if failure is None]
-        pairs: list[list[dict[str, Any]]] = [[] for _ in failures]
+        counts = np.zeros(len(failures), np.int64)
+        found = pa.schema(list(FOUND_PAIR)).empty_table()
         if places:
             first = self._first
             found = search(
@@ -187,11 +196,15 @@ class SearchTables:
                 where=self._where(),
                 nprobes=first.nprobes,
             )
-            owners = found["query"].to_pylist()
+            # Sorted by query already.
+            counts[places] = np.bincount(found["query"].to_numpy(), minlength=len(places))
             found = found.rename_columns({"score": "first_score", "rank": "rank_before"})
-            rows = found.select([*_FOUND, "first_score", "rank_before"]).to_pylist()
-            for owner, row in zip(owners, rows, strict=True):
-                pairs[places[owner]].append(row)
+        structs = pa.StructArray.from_arrays(
+            [_one_array(found[one.name].cast(one.type)) for one in FOUND_PAIR],
+            fields=list(FOUND_PAIR),
+        )
+        offsets = pa.array(np.r_[0, np.cumsum(counts)], pa.int32())
+        pairs = pa.ListArray.from_arrays(offsets, structs)
         return with_pairs(embedded.drop_columns(["_vector", "_failure"]), pairs, failures)
 
     def _where(self) -> Any:
@@ -225,7 +238,8 @@ class LookUpRows:
             for query in given
         ]
         lost = [[one["row_id"] for one in query if one["row_id"] not in known] for query in given]
-        found = with_pairs(queries.drop_columns(["_given"]), pairs, [None] * len(given))
+        lists = pa.array(pairs, pa.list_(FOUND_PAIR))
+        found = with_pairs(queries.drop_columns(["_given"]), lists, [None] * len(given))
         return found.append_column("_lost", pa.array(lost, pa.list_(pa.string())))
 
 
@@ -239,19 +253,20 @@ FOUND_PAIR = pa.struct(
 
 
 def with_pairs(
-    queries: pa.Table,
-    pairs: Sequence[Sequence[Mapping[str, Any]]],
-    failures: Sequence[Mapping[str, Any] | None],
+    queries: pa.Table, pairs: pa.ListArray, failures: Sequence[Mapping[str, Any] | None]
 ) -> pa.Table:
     """Add ``_pairs`` and ``_failure``; a query without either gets a failure of its own."""
     ended = [
         failure_value(NoCandidatesError("", "no row was found"))
-        if failure is None and not found
+        if failure is None and not size
         else failure
-        for found, failure in zip(pairs, failures, strict=True)
+        for size, failure in zip(pc.list_value_length(pairs).to_pylist(), failures, strict=True)
     ]
-    lists = pa.array([list(found) for found in pairs], pa.list_(FOUND_PAIR))
-    return queries.append_column("_pairs", lists).append_column("_failure", failures_array(ended))
+    return queries.append_column("_pairs", pairs).append_column("_failure", failures_array(ended))
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,36 +292,50 @@ class WriteCandidates:
         if exclude:
             keep = ~np.isin(ordinals, np.fromiter(exclude, np.int64))
             queries, ordinals = queries.filter(pa.array(keep)), ordinals[keep]
+        stage = pc.struct_field(queries["_failure"], "stage")
+        stopped = pc.fill_null(pc.equal(stage, NOT_STARTED["stage"]), False)
+        not_started = queries.filter(stopped)["_ordinal"].to_numpy()
+        queries = queries.filter(pc.invert(stopped))
         now = dt.datetime.now(dt.UTC)
-        rows: dict[str, list[dict[str, Any]]] = {}
-        failures, not_started, num_rows, num_units = [], [], 0, 0
-        for query in queries.to_pylist():
-            failure = query["_failure"]
-            if failure is not None and failure["stage"] == NOT_STARTED["stage"]:
-                not_started.append(query["_ordinal"])
-                continue
-            failures += self._failures(query, now)
-            table = rows.setdefault(query["_table"], [])
-            num_units += failure is None
-            for pair in query["_pairs"] if failure is None else ():
-                ids = {"pair_id": pair_id(query["query_id"], pair["row_id"])}
-                # The pair's own text and row win over the query's columns of the same name.
-                table.append(query | pair | ids | {"run_id": self.run_id, "made_at": now})
-        fragments = {}
-        for name, pairs in rows.items():
-            if pairs:
-                arrow = pa.Table.from_pylist(pairs, self.schemas[name])
-                fragments[name] = write_fragments(self.root, self.storage, name, arrow)
-                num_rows += arrow.num_rows
+        fragments, num_rows = {}, 0
+        found = queries.filter(pc.is_null(queries["_failure"]))
+        for name in found["_table"].unique().to_pylist():
+            mine = found.filter(pc.equal(found["_table"], name))
+            rows = self._rows(mine, self.schemas[name], now)
+            fragments[name] = write_fragments(self.root, self.storage, name, rows)
+            num_rows += rows.num_rows
+        asked = queries.drop_columns(["_pairs"]).to_pylist()
+        failures = [row for query in asked for row in self._failures(query, now)]
         return Written(
             ordinals=ordinals,
-            not_started=np.array(not_started, np.int64),
+            not_started=not_started,
             fragments=fragments,
             failures=pa.Table.from_pylist(failures, schema.FAILURES),
-            num_units=num_units,
+            num_units=found.num_rows,
             num_rows=num_rows,
             num_tokens=0,
         )
+
+    def _rows(self, queries: pa.Table, target: pa.Schema, now: dt.datetime) -> pa.Table:
+        lists = _one_array(queries["_pairs"])
+        parents, found = pc.list_parent_indices(lists), pc.list_flatten(lists)
+        asked = queries["query_id"].take(parents)
+        ids = zip(asked.to_pylist(), found.field("row_id").to_pylist(), strict=True)
+        made: dict[str, Any] = {
+            "pair_id": pa.array([pair_id(*pair) for pair in ids], pa.string()),
+            "run_id": pa.repeat(pa.scalar(self.run_id), len(found)),
+            "made_at": pa.repeat(pa.scalar(now, schema.UTC_TIME), len(found)),
+        }
+        columns = []
+        for one in target:
+            if one.name in made:
+                columns.append(made[one.name])
+            elif FOUND_PAIR.get_field_index(one.name) >= 0:
+                # A row's text, not its query's.
+                columns.append(found.field(one.name))
+            else:
+                columns.append(queries[one.name].take(parents))
+        return pa.Table.from_arrays(columns, schema=target)
 
     def _failures(self, query: Mapping[str, Any], now: dt.datetime) -> list[dict[str, Any]]:
         noted = {
