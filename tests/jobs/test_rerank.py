@@ -157,7 +157,8 @@ def test_the_report_proves_that_media_were_read_and_encoded_once(scored):
     run, _, report = scored
     visual = run.rows()
     visual = visual.filter(pc.not_equal(visual["kind"], "text"))
-    assert report.media_fetched == len(pc.unique(visual["uri"])) == report.media_decoded
+    assert report.media == report.media_fetched == report.media_decoded
+    assert report.media == len(pc.unique(visual["uri"]))
     # Pages of one document are parts of one medium; a part is used by several pairs.
     assert report.media_decoded < report.parts_decoded < visual.num_rows
     assert report.parts_decoded == len(pc.unique(visual["row_id"])) == report.visions_encoded
