@@ -393,6 +393,10 @@ def test_wrong_input_is_told_before_ray(make_run, vectors, tmp_path):
         run_rerank(run.config(out, f"model.path={tmp_path}"))
     with pytest.raises(ManifestError):
         run_rerank(run.config(out, "output.partition_by=[nothing]"))
+    label = {"query_id": "q0", "row_id": "r:0", "relevance": 1}
+    labels = f"input.relevance={write_lines(tmp_path / 'labels.jsonl', [label])}"
+    with pytest.raises(ConfigError, match="no label of 2 or more"):
+        run_rerank(run.config(out, labels, "input.relevant_from=2.0"))
     with pytest.raises(Exception, match="no collection 'other'"):
         run_rerank(run.config(out, "search.collection=other"))
     assert not list((tmp_path / "out").glob("*.lance"))
