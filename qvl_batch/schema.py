@@ -168,7 +168,8 @@ ALIASES = pa.schema(
 )
 
 # Queries of a rerank job. ``image`` and ``video`` are addresses; at least one of text, image and
-# video is there. Further columns may be partition columns of the scores.
+# video is there. An ``instruction`` replaces that of both models for this query. Further columns
+# may be partition columns of the scores.
 QUERIES = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from qvl_batch.errors import QvlError
 from qvl_batch.jobs.cluster import Pools
 from qvl_batch.jobs.control import Load, MayStart, cause_of
 from qvl_batch.jobs.graph import beside, from_blocks, on_cpus, on_gpus
@@ -158,8 +157,6 @@ def open_queries(job: RerankJob, queries: pa.Table, pools: Pools) -> QueryBook:
                 ids, count = ray.get(_held.remote(entry.ref))
                 places |= {query: (entry.ref, row) for row, query in enumerate(ids)}
                 num_parts += count
-    except QvlError:
-        raise
     except ray.exceptions.RayError as error:
         raise cause_of(error) from error
     return QueryBook(asked, places, num_parts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qvl_batch import schema
 from qvl_batch.config import DEFAULT_QUERY_INSTRUCTION, ModelSection
@@ -103,6 +104,8 @@ def prepare(
         labels = read_labels(config.input.relevance, storage, queries=listed, read_lance=read_lance)
     limit = config.input.limit
     rows = listed.rows.slice(0, limit) if limit is not None else listed.rows
+    if labels is not None:
+        _refuse_labels_of_nothing(labels, rows, config.input.relevant_from)
     codes, tables, partitions = tables_of(listed.path, rows, listed.partition_by, collection)
     names = pa.array(tables, pa.string()).take(pa.array(codes))
     queries = with_digests(rows, names)
@@ -159,6 +162,22 @@ def _names(kind: str, target: Target, scores_table: str) -> dict[str, str]:
         COLLECTION_METADATA: candidates_collection(own) if kind == CANDIDATES_KIND else own,
         PARTITION_METADATA: target.json(scores_table),
     }
+
+
+def _refuse_labels_of_nothing(labels: Labels, queries: pa.Table, relevant_from: float) -> None:
+    """Refuse labels that would judge no query: told now, not after the last score.
+
+    Raises:
+        ConfigError: If no query has a label of `relevant_from` or more.
+    """
+    relevant = labels.rows.filter(pc.greater_equal(labels.rows["relevance"], relevant_from))
+    known = pc.is_in(relevant["query_id"], value_set=queries["query_id"].combine_chunks())
+    if not pc.any(known).as_py():
+        raise ConfigError(
+            f"{labels.path} has no label of {relevant_from:g} or more for any of the "
+            f"{queries.num_rows:,} queries.",
+            "Compare the query_ids, or lower input.relevant_from.",
+        )
 
 
 def _first_stage(

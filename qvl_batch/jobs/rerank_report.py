@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qvl_batch.errors import InvariantBrokenError
 from qvl_batch.jobs.commit_loop import Counts
@@ -38,6 +39,7 @@ class Tally:
     pairs_scored: int = 0
     pairs_failed: int = 0
     media_todo: int = 0
+    texts_todo: int = 0
     query_media_decoded: int = 0
     ranks_set: int = 0
     commits: int = 0
@@ -56,7 +58,9 @@ class Tally:
         self.pairs_scored_before += plan.num_scored_before
         self.pairs_failed_before += plan.num_failed_before
         self.pairs_todo += plan.num_todo
-        self.media_todo += plan.media.num_rows
+        texts = pc.sum(pc.equal(plan.media["kind"], "text")).as_py() or 0
+        self.texts_todo += texts
+        self.media_todo += plan.media.num_rows - texts
 
     def scored(self, counts: Counts) -> None:
         self.waves += 1
@@ -79,10 +83,10 @@ class RerankReport:
     ``num_pairs = pairs_scored_before + pairs_failed_before + pairs_scored + pairs_failed
     + pairs_not_reached``; pairs are the candidates of the queries that the run came to.
 
-    Each medium was fetched and encoded once if ``media_fetched`` and ``visions_encoded`` are those
-    of `parts`: ``media_fetched <= media``, and
-    ``visions_encoded = parts_decoded + query_media_decoded`` (queries' media count once for each
-    GPU actor that meets them).
+    ``media`` are distinct within a wave, and ``texts`` need no fetch. That each was fetched and
+    encoded once shows in ``media_fetched <= media`` (less by those that could not be read) and
+    ``visions_encoded = parts_decoded``, plus the queries' own media, which count once for each GPU
+    actor that meets them; without reuse it would be ``visions``.
     """
 
     run_id: str
@@ -104,6 +108,7 @@ class RerankReport:
     ranks_set: int
     waves: int
     media: int
+    texts: int
     media_fetched: int
     media_decoded: int
     parts_decoded: int
@@ -162,6 +167,7 @@ class RerankReport:
             ranks_set=tally.ranks_set,
             waves=tally.waves,
             media=tally.media_todo,
+            texts=tally.texts_todo,
             media_fetched=work["media_fetched"],
             media_decoded=work["media_decoded"],
             parts_decoded=work["parts_decoded"],
@@ -190,7 +196,7 @@ class RerankReport:
             f"{self.pairs_scored:,} pairs scored, {self.pairs_failed:,} failed, "
             f"{self.pairs_scored_before + self.pairs_failed_before:,} skipped "
             f"({self.pairs_scored_before:,} scored before, {self.pairs_failed_before:,} failed "
-            f"before); {self.media:,} media: {self.media_fetched:,} fetched, "
+            f"before); {self.texts:,} texts, {self.media:,} media: {self.media_fetched:,} fetched, "
             f"{self.parts_decoded:,} parts decoded, {self.visions_encoded:,} encoded for "
             f"{self.visions:,} uses; {self.tokens:,} tokens, {self.prefix_tokens_saved:,} of them "
             f"shared; {self.num_commits} commits, {self.duration_s:.1f} s",

@@ -157,7 +157,8 @@ def test_the_report_proves_that_media_were_read_and_encoded_once(scored):
     run, _, report = scored
     visual = run.rows()
     visual = visual.filter(pc.not_equal(visual["kind"], "text"))
-    assert report.media_fetched == len(pc.unique(visual["uri"])) == report.media_decoded
+    assert report.media == report.media_fetched == report.media_decoded
+    assert report.media == len(pc.unique(visual["uri"]))
     # Pages of one document are parts of one medium; a part is used by several pairs.
     assert report.media_decoded < report.parts_decoded < visual.num_rows
     assert report.parts_decoded == len(pc.unique(visual["row_id"])) == report.visions_encoded
@@ -392,6 +393,10 @@ def test_wrong_input_is_told_before_ray(make_run, vectors, tmp_path):
         run_rerank(run.config(out, f"model.path={tmp_path}"))
     with pytest.raises(ManifestError):
         run_rerank(run.config(out, "output.partition_by=[nothing]"))
+    label = {"query_id": "q0", "row_id": "r:0", "relevance": 1}
+    labels = f"input.relevance={write_lines(tmp_path / 'labels.jsonl', [label])}"
+    with pytest.raises(ConfigError, match="no label of 2 or more"):
+        run_rerank(run.config(out, labels, "input.relevant_from=2.0"))
     with pytest.raises(Exception, match="no collection 'other'"):
         run_rerank(run.config(out, "search.collection=other"))
     assert not list((tmp_path / "out").glob("*.lance"))

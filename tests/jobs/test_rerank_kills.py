@@ -1,6 +1,8 @@
 """The rerank command on an S3 server, killed in both halves, then run again."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -40,7 +42,12 @@ def run(bucket, tmp_path, monkeypatch, make_job):
         {"query_id": f"q{i}", "text": f"{DEMO_QUERIES[i % 7].text} {i // 7}"}
         for i in range(NUM_QUERIES)
     ]
-    queries[3]["image"] = bucket.uri("media") + f"/{corpus.files[0].path}"
+    picture = next(
+        file.path
+        for file in corpus.files
+        if file.path.endswith(".png") and file.path not in corpus.broken
+    )
+    queries[3]["image"] = f"{bucket.uri('media')}/{picture}"
     path = write_lines(tmp_path / "queries.jsonl", queries)
     return RerankRun(queries=path, root=job.root, storage=job.storage)
 
@@ -124,3 +131,19 @@ def test_kills_in_both_halves_lose_and_double_nothing(run, tmp_path):
     checked = verify(run.root, run.storage)
     assert checked.problems == (), str(checked)
     assert checked.scores[0].num_scored == NUM_QUERIES * 20
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_a_signal_commits_and_exits_in_order(run, tmp_path):
+    first = Running(run, tmp_path)
+    wait_for(first, lambda: num_rows(run, "scores") > 0)
+    os.kill(first.process.pid, signal.SIGTERM)
+    assert first.process.wait(90) == 143, first.output()
+    assert "Traceback" not in first.output()
+    assert "not reached: run the same command again" in first.output()
+    last = Running(run, tmp_path)
+    assert last.process.wait(300) == 0, last.output()
+    rows = run.rows()
+    assert rows.num_rows == len(set(rows["pair_id"].to_pylist())) == NUM_QUERIES * 20
+    assert rows["rank_after"].null_count == 0

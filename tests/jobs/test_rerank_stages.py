@@ -1,5 +1,7 @@
 """The stages of the rerank job as plain callables, with the shipped reranker, without Ray."""
 
+import random
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -8,6 +10,8 @@ from PIL import Image
 
 from qvl_batch import schema
 from qvl_batch.demo.checkpoint import reranker_dir
+from qvl_batch.demo.corpus import CLIP_FRAMES, clip_bytes
+from qvl_batch.demo.world import random_scene
 from qvl_batch.errors import NoCandidatesError
 from qvl_batch.jobs.media_reader import ReadMedia
 from qvl_batch.jobs.rerank_blocks import group_by_medium
@@ -24,7 +28,7 @@ from qvl_batch.jobs.stages import failure_value
 from qvl_batch.media.decoder import DecodeLimits
 from qvl_batch.media.fetch import FetchLimits
 from qvl_batch.model.rerank import RerankEngine
-from qvl_batch.recipe import ImageBudget, Recipe, RerankRecipe
+from qvl_batch.recipe import ImageBudget, Recipe, RerankRecipe, Segmentation, VideoBudget
 from qvl_batch.storage import Storage
 from qvl_batch.tables.commit import append
 from qvl_batch.tables.fragments import write_to
@@ -262,6 +266,26 @@ def test_media_become_scores(engine, pictures, store):
     assert row["rerank_score"] == pytest.approx(expected, abs=1e-6)
     assert (row["rank_after"], row["truncated"]) == (None, False)
     assert row["num_tokens"] > 40
+
+
+def test_only_the_wanted_segment_of_a_video_is_decoded(engine, tmp_path):
+    rng = random.Random(0)
+    frames = random_scene("clip", rng).frames(64, CLIP_FRAMES, rng)
+    (tmp_path / "clip.mp4").write_bytes(clip_bytes(frames))
+    recipe = RerankRecipe(
+        model_digest="",
+        instruction="",
+        video=VideoBudget(fps=2.0, min_px=4096, max_px=4096),
+        segmentation=Segmentation(video_s=2.0),
+    )
+    uri = str(tmp_path / "clip.mp4")
+    media = media_of(pair("q0", uri, kind="video", segment=1, etag=None))
+    decoded = DecodeDocuments(media=reading(recipe)).open()(media)
+    parts = pc.list_flatten(decoded["_parts"]).to_pylist()
+    assert [(part["segment"], part["start_s"], part["num_frames"]) for part in parts] == [(1, 2, 4)]
+    scored = RerankPairs(lambda: engine, lambda: ask)(decoded)
+    (score,) = pc.list_flatten(scored["_scores"]).to_pylist()
+    assert 0 < score["rerank_score"] < 1
 
 
 def test_a_block_that_is_not_begun_is_neither_scored_nor_failed(engine, pictures, store):
