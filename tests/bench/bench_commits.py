@@ -161,7 +161,9 @@ def main() -> None:
             bench(TableStore(f"{scratch}/root"), "local disk", asked.local)
     if asked.s3:
         with s3_storage() as storage:
-            client = boto3.client("s3", endpoint_url=storage.endpoint_url, region_name=storage.region)
+            client = boto3.client(
+                "s3", endpoint_url=storage.endpoint_url, region_name=storage.region
+            )
             client.create_bucket(Bucket="bench")
             bench(TableStore("s3://bench/root", storage), "S3 (moto on loopback)", asked.s3)
 
