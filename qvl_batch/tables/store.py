@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from collections import defaultdict
 from functools import cached_property
 
 import lance
@@ -19,6 +19,7 @@ from qvl_batch import crash
 from qvl_batch.errors import RecipeMismatchError, StorageError
 from qvl_batch.recipe import differences
 from qvl_batch.storage import Storage, is_local, local_path, scheme_of
+from qvl_batch.tables.history import History
 from qvl_batch.tables.layout import table_uri
 
 RECIPE_METADATA = b"qvl.recipe"
@@ -110,16 +111,6 @@ def normal_root(root: str) -> str:
     return root.rstrip("/")
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """What one version of a table says of its commit."""
-
-    version: int
-    operation: str
-    marker: str | None
-    run_id: str | None
-
-
 class TableStore:
     """The tables under one root, behind one shared Lance session.
 
@@ -131,9 +122,7 @@ class TableStore:
     def __init__(self, root: str, storage: Storage | None = None) -> None:
         self.root = normal_root(root)
         self.storage = storage or Storage()
-        # A committed version never changes, so a transaction is read once: {table: {version: …}};
-        # None: cleaning has removed it.
-        self.stamps: dict[str, dict[int, Stamp | None]] = {}
+        self.histories: defaultdict[str, History] = defaultdict(History)
 
     def __reduce__(self) -> tuple[type[TableStore], tuple[str, Storage]]:
         return type(self), (self.root, self.storage)
