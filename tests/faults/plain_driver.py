@@ -56,7 +56,8 @@ class HashModel:
         return DIM
 
     def stated(self) -> dict[str, str]:
-        return {"qvl.model": "hash"}
+        # No path: nobody can load it again.
+        return {}
 
     def load_engine(self, recipe: Recipe) -> Any:
         raise NotImplementedError("the plain driver embeds by itself")
