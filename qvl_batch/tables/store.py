@@ -36,6 +36,13 @@ _IMPATIENT = {
 
 # (text in an error of Lance's object store, problem, remedy), first match wins.
 _CAUSES = (
+    # Before "access is denied": a full bucket's answer is a 403, too.
+    (
+        r"No space left|StorageFull|os error 28|Disk quota|os error 122"
+        r"|QuotaExceeded|InsufficientStorage|507 ",
+        "there is no space left",
+        "Free some, or choose another output.root; what is committed stays, run this again.",
+    ),
     (
         r"NoSuchBucket|ContainerNotFound|bucket does not exist",
         "the bucket does not exist",
@@ -61,11 +68,6 @@ _CAUSES = (
         r"error sending request|timed out|timeout|dns error|Connection refused",
         "the endpoint does not answer",
         "Check storage.endpoint_url and the network.",
-    ),
-    (
-        r"No space left|StorageFull|os error 28|Disk quota|os error 122|QuotaExceeded",
-        "there is no space left",
-        "Free some, or choose another output.root; what is committed stays, run this again.",
     ),
     (
         r"Read-only file system|os error 30",
