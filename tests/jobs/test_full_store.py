@@ -56,7 +56,7 @@ def test_a_full_disk_wherever_it_hits(small_disk, tmp_path):
     manifest = root.manifest(LISTED)
     hit = 0
     # From no room for a lease to room for all but the catalog.
-    for free_bytes in (0, 16 << 10, 48 << 10, 96 << 10, 160 << 10, 240 << 10, 400 << 10):
+    for free_bytes in range(0, 400 << 10, 12 << 10):
         ballast = leave(small_disk, free_bytes)
         try:
             plain_driver.run(root.config(manifest))
