@@ -295,3 +295,38 @@ def test_a_block_that_is_not_begun_is_neither_scored_nor_failed(engine, pictures
     written = write([scored], frozenset())
     assert (written.ordinals.tolist(), written.not_started.tolist()) == ([0], [0])
     assert (written.num_rows, written.failures.num_rows) == (0, 0)
+
+
+class Noted:
+    """`deaths.Attempts` of a stage whose worker died on the block, then on one medium."""
+
+    def __init__(self, stage, ordinal):
+        self._died = {(stage, 0, False), (stage, ordinal, True)}
+
+    def begin(self, stage, ordinal, alone):
+        return int((stage, ordinal, alone) in self._died)
+
+    def end(self, stage, ordinal, alone):
+        return
+
+
+@pytest.mark.parametrize("stage", ["decode", "rerank"])
+def test_a_medium_on_which_workers_died_fails_with_all_its_pairs(engine, pictures, store, stage):
+    pairs = [
+        pair("q0", pictures["red"], etag=None),
+        pair("q0", pictures["blue"], etag=None),
+        pair("q1", pictures["blue"], etag=None),
+        pair("q0", pictures["green"], etag=None),
+    ]
+    media = media_of(*pairs)
+    deadly = media["uri"].to_pylist().index(pictures["blue"])
+    noted = Noted(stage, deadly)
+    decoded = DecodeDocuments(media=RERANK, attempts=noted, max_deaths=2).open()(media)
+    scored = RerankPairs(lambda: engine, lambda: ask, noted, 2)(decoded)
+    assert scored["_ordinal"].to_pylist() == media["_ordinal"].to_pylist()
+    write = writer(WriteScores, store, "scores", schema.scores([], {}))
+    written = write([scored], frozenset())
+    assert (written.num_rows, written.failures.num_rows) == (2, 2)
+    lost = {row["unit_id"]: row["error_type"] for row in written.failures.to_pylist()}
+    assert lost == dict.fromkeys((pairs[1]["pair_id"], pairs[2]["pair_id"]), "WorkerKilledError")
+    assert written.work["media_fetched"] == (3 if stage == "rerank" else 2)
