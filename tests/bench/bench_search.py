@@ -82,11 +82,11 @@ def recall(truth: Ids, found: Ids) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in pairs]))
 
 
-def make_bed(folder: Path, rows: int, num_queries: int, dim: int = DIM) -> Bed:
-    """Return the tables of this size; what is not in the folder is made."""
-    folder = folder / f"{rows}x{dim}"
+def make_bed(folder: Path, rows: int, num_queries: int, keep: int = DIM) -> Bed:
+    """Return the tables of this size, cut to ``keep`` dimensions; what is not there is made."""
+    folder = folder / f"{rows}x{keep}"
     folder.mkdir(parents=True, exist_ok=True)
-    source = Source(dim, rows)
+    source = Source(DIM, rows, keep=keep)
     for name, encodings in (
         ("ours", ("binary", "int8")),
         ("float16", ("float16",)),
