@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qvl_batch.errors import CorruptMediaError, LimitExceededError
-from qvl_batch.recipe import DocumentBudget, ImageBudget, Recipe, VideoBudget
+from qvl_batch.recipe import DocumentBudget, ImageBudget, Recipe, RerankRecipe, VideoBudget
 from qvl_batch.units import Header, PartPlan
 
 PATCH_PX = 16
@@ -128,7 +128,7 @@ def vision_tokens(plan: PartPlan) -> int:
     return groups * (plan.height_px // FACTOR_PX) * (plan.width_px // FACTOR_PX)
 
 
-def largest_part_bytes(recipe: Recipe, kind: str) -> int:
+def largest_part_bytes(recipe: Recipe | RerankRecipe, kind: str) -> int:
     """Return an upper bound of the uint8 RGB bytes that one unit of this kind decodes to."""
     image = recipe.image.max_px * 3
     video = recipe.video.max_frames * recipe.video.max_px * 3
@@ -248,7 +248,7 @@ def plan_video(
 
 def plan_unit(
     header: Header,
-    recipe: Recipe,
+    recipe: Recipe | RerankRecipe,
     context: Context,
     *,
     uri: str,

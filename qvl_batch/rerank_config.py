@@ -35,6 +35,9 @@ class RerankInput(Section):
     relevance: str | None = Field(
         None, description="Labels: query_id, relevance, and row_id, media_id or uri"
     )
+    relevant_from: float = Field(
+        1.0, gt=0, description="The least label that is relevant to MRR and recall"
+    )
     limit: int | None = Field(None, ge=1, description="Take only the first N queries")
 
 

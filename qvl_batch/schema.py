@@ -168,7 +168,8 @@ ALIASES = pa.schema(
 )
 
 # Queries of a rerank job. ``image`` and ``video`` are addresses; at least one of text, image and
-# video is there. Further columns may be partition columns of the scores.
+# video is there. An ``instruction`` replaces that of both models for this query. Further columns
+# may be partition columns of the scores.
 QUERIES = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -218,6 +219,41 @@ RESERVED = frozenset(PLANNED.names) | {
     "run_id",
     "embedded_at",
 }
+
+
+# What a reranked medium took, in counts; sums over media are a run's.
+WORK = pa.struct(
+    [
+        pa.field(name, pa.int64())
+        for name in (
+            "media_fetched",
+            "media_decoded",
+            "parts_decoded",
+            "visions",
+            "visions_encoded",
+            "tokens",
+            "prefix_tokens_saved",
+        )
+    ]
+)
+
+# What the reranker says of a pair: a score or a failure.
+SCORE = pa.struct(
+    [
+        pa.field("rerank_score", pa.float32()),
+        pa.field("num_tokens", pa.int32()),
+        pa.field("truncated", pa.bool_()),
+        pa.field("failure", FAILURE),
+    ]
+)
+
+
+def found_pair(query_columns: Iterable[pa.Field]) -> pa.DataType:
+    """Return the struct of a pair within a run: a candidate, its table, and its past attempts."""
+    names = {"run_id", "made_at"}
+    fields = [field for field in candidates(query_columns, {}) if field.name not in names]
+    inside = [pa.field("_table", pa.string()), pa.field("_attempt", pa.int32())]
+    return pa.struct([*(pa.field(field.name, field.type) for field in fields), *inside])
 
 
 def decoded(planned: pa.Schema) -> pa.Schema:
@@ -324,6 +360,8 @@ def _pairs(
         [
             pa.field("pair_id", pa.string(), nullable=False, metadata=PRIMARY_KEY),
             pa.field("query_id", pa.string(), nullable=False),
+            # `units.query_id` of what it asks: tells a query that was changed under its id.
+            pa.field("query_digest", pa.string(), nullable=False),
             *FOUND_ROW,
             pa.field("first_score", pa.float32()),
             # From 1, within the query.

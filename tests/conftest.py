@@ -29,9 +29,17 @@ from qvl_batch.storage import Storage
 if TYPE_CHECKING:
     import fsspec
 
+    from tests.embedded_root import EmbeddedRoot
+
 S3_DIR = Path(__file__).parent / "s3"
-RGW_COMMANDS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd")
-RGW_PACKAGES = "radosgw ceph-mon ceph-osd ceph-common"
+# What a marked test needs on PATH, and the Debian packages that bring it.
+PROGRAMS = {
+    "s3real": (
+        ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd"),
+        "radosgw ceph-mon ceph-osd ceph-common",
+    ),
+    "chromium": (("chromium",), "chromium"),
+}
 REGION = "us-east-1"
 
 
@@ -202,6 +210,14 @@ def any_bucket(request: pytest.FixtureRequest) -> Iterator[Bucket]:
         yield new
 
 
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedRoot:
+    """The shipped corpus embedded once, for tests that only read; see `tests.embedded_root`."""
+    from tests.embedded_root import embed_corpus
+
+    return embed_corpus(tmp_path_factory.mktemp("embedded"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what asks for the gateway, so that no test can forget to; leave the long ones to CI."""
     for item in items:
@@ -215,11 +231,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("s3real") is None:
-        return
-    missing = [name for name in RGW_COMMANDS if shutil.which(name) is None]
-    if missing:
-        reason = f"no {', '.join(missing)} on PATH; Debian packages: {RGW_PACKAGES}"
-        if os.environ.get("QVL_TESTS") == "all":
-            pytest.fail(f"QVL_TESTS=all: {reason}", pytrace=False)
-        pytest.skip(reason)
+    """Skip what the machine lacks the programs for, or fail where everything must run."""
+    for marker, (programs, packages) in PROGRAMS.items():
+        if item.get_closest_marker(marker) is None:
+            continue
+        missing = [name for name in programs if shutil.which(name) is None]
+        if missing:
+            reason = f"no {', '.join(missing)} on PATH; Debian packages: {packages}"
+            if os.environ.get("QVL_TESTS") == "all":
+                pytest.fail(f"QVL_TESTS=all: {reason}", pytrace=False)
+            pytest.skip(reason)

@@ -32,10 +32,10 @@ CLIP_FRAMES = 8
 # 2.25 and 3.25 s a pair, as the checkpoint was trained.
 CLIP_FPS = 2
 
-_PICTURE_SIDES_PX = (64, 80, 96, 128, 160, 200, 256, 320)
+PICTURE_SIDES_PX = (64, 80, 96, 128, 160, 200, 256, 320)
 _PAGE_SIDES_PX = (128, 192, 256, 320)
 # Even sides: yuv420p halves the colour planes.
-_CLIP_SIDES_PX = (64, 96, 128, 192)
+CLIP_SIDES_PX = (64, 96, 128, 192)
 _PDF_SIDE_PX = 576
 _PDF_DPI = 144
 
@@ -111,7 +111,8 @@ class _Draft:
     scenes: tuple[Scene, ...]
 
 
-def _picture_bytes(picture: Image.Image, suffix: str) -> bytes:
+def picture_bytes(picture: Image.Image, suffix: str) -> bytes:
+    """Return a picture as a ``png``, ``jpg`` or ``webp`` file."""
     options = {
         "png": {"format": "PNG", "optimize": True},
         "jpg": {"format": "JPEG", "quality": 92},
@@ -122,7 +123,8 @@ def _picture_bytes(picture: Image.Image, suffix: str) -> bytes:
     return content.getvalue()
 
 
-def _clip_bytes(frames: list[Image.Image]) -> bytes:
+def clip_bytes(frames: list[Image.Image]) -> bytes:
+    """Return frames of equal even sides as an MP4 file of `CLIP_FPS` frames a second."""
     content = io.BytesIO()
     with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=CLIP_FPS)
@@ -139,7 +141,7 @@ def _clip_bytes(frames: list[Image.Image]) -> bytes:
 
 def _pdf_bytes(pages: list[Image.Image]) -> bytes:
     content = io.BytesIO()
-    written_at = _noon(DAYS[0]).timetuple()
+    written_at = noon(DAYS[0]).timetuple()
     pages[0].save(
         content,
         format="PDF",
@@ -153,7 +155,8 @@ def _pdf_bytes(pages: list[Image.Image]) -> bytes:
     return content.getvalue()
 
 
-def _noon(day: str) -> datetime:
+def noon(day: str) -> datetime:
+    """Return 12:00 UTC of an ISO date: the modification time of what is written."""
     return datetime.fromisoformat(f"{day}T12:00:00").replace(tzinfo=UTC)
 
 
@@ -189,15 +192,15 @@ def _drafts(scale: int, rng: random.Random) -> Iterator[_Draft]:
     notes = _scenes(PLANTED_NOTES, (*stills, "page", "clip"), scale * _NOTES, rng, seen)
     for scene in pictures:
         suffix = rng.choice(("png", "jpg", "webp"))
-        picture = scene.render(rng.choice(_PICTURE_SIDES_PX), rng)
-        yield _Draft("pictures", suffix, "image", _picture_bytes(picture, suffix), (scene,))
+        picture = scene.render(rng.choice(PICTURE_SIDES_PX), rng)
+        yield _Draft("pictures", suffix, "image", picture_bytes(picture, suffix), (scene,))
     for scene in pages:
         suffix = rng.choice(("png", "jpg"))
         picture = scene.render(rng.choice(_PAGE_SIDES_PX), rng)
-        yield _Draft("pages", suffix, "image", _picture_bytes(picture, suffix), (scene,))
+        yield _Draft("pages", suffix, "image", picture_bytes(picture, suffix), (scene,))
     for scene in clips:
-        frames = scene.frames(rng.choice(_CLIP_SIDES_PX), CLIP_FRAMES, rng)
-        yield _Draft("clips", "mp4", "video", _clip_bytes(frames), (scene,))
+        frames = scene.frames(rng.choice(CLIP_SIDES_PX), CLIP_FRAMES, rng)
+        yield _Draft("clips", "mp4", "video", clip_bytes(frames), (scene,))
     for scene in notes:
         yield _Draft("notes", "txt", "text", f"{scene.caption()}\n".encode(), (scene,))
     rendered = [page.render(_PDF_SIDE_PX, rng) for page in PDF_PAGES]
@@ -207,14 +210,14 @@ def _drafts(scale: int, rng: random.Random) -> Iterator[_Draft]:
 
 def _broken(rng: random.Random) -> Iterator[_Draft]:
     """Two files that say what they are in their first bytes and cannot be decoded."""
-    whole = _picture_bytes(random_scene("single", rng).render(256, rng), "jpg")
+    whole = picture_bytes(random_scene("single", rng).render(256, rng), "jpg")
     yield _Draft("pictures", "jpg", "image", whole[: len(whole) // 2], ())
     clip = random_scene("clip", rng)
-    whole = _clip_bytes(clip.frames(64, CLIP_FRAMES, rng))
+    whole = clip_bytes(clip.frames(64, CLIP_FRAMES, rng))
     yield _Draft("clips", "mp4", "video", whole[:32] + rng.randbytes(len(whole)), ())
 
 
-def _remove_previous(truth_path: Path, media_dir: Path) -> None:
+def remove_previous(truth_path: Path, media_dir: Path) -> None:
     """Remove the files that an earlier corpus listed here, and no others."""
     if not truth_path.exists():
         return
@@ -247,7 +250,7 @@ def write_corpus(folder: str | os.PathLike[str], *, seed: int = 0, scale: int = 
     drafts = list(_drafts(scale, rng))
     # The broken files stand among the others, not at the end of their folder.
     rng.shuffle(drafts)
-    _remove_previous(truth_path, media_dir)
+    remove_previous(truth_path, media_dir)
     numbers: dict[str, int] = {}
     files = []
     for draft in drafts:
@@ -257,7 +260,7 @@ def write_corpus(folder: str | os.PathLike[str], *, seed: int = 0, scale: int = 
         target = media_dir / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(draft.content)
-        noon_s = int(_noon(day).timestamp())
+        noon_s = int(noon(day).timestamp())
         os.utime(target, (noon_s, noon_s))
         files.append(CorpusFile(path=path, kind=draft.kind, scenes=draft.scenes))
     files.sort(key=lambda file: file.path)

@@ -17,6 +17,7 @@ import ray
 
 from qvl_batch.config import PoolsSection
 from qvl_batch.errors import StorageError, UnschedulableError
+from qvl_batch.rerank_config import RerankPools
 
 LOCAL_OBJECT_STORE_BYTES = 4 * 2**30
 
@@ -39,6 +40,8 @@ class Pools:
     embed_cpus: float
     embed_gpus: float
     write_tasks: int
+    # What the pool of the GPUs is called in the configuration.
+    gpu_pool: str = "embed"
 
     @property
     def cpus(self) -> float:
@@ -49,45 +52,50 @@ class Pools:
         return self.embed_actors * self.embed_gpus
 
     def __str__(self) -> str:
-        embed = f"{self.embed_actors} embed x {self.embed_cpus:g} CPU"
+        embed = f"{self.embed_actors} {self.gpu_pool} x {self.embed_cpus:g} CPU"
         if self.embed_gpus:
             embed += f" + {self.embed_gpus:g} GPU"
         return f"{self.decode_actors} decode x {self.decode_cpus:g} CPU, {embed}"
 
 
-def choose_pools(section: PoolsSection, nodes: list[Node]) -> Pools:
+def choose_pools(section: PoolsSection | RerankPools, nodes: list[Node]) -> Pools:
     """Return the configured pools, with what is not set taken from the cluster.
 
-    The embed pool comes first: one actor a GPU, or one actor where there is none. The decode pool
-    gets the CPUs that are left. Writing is waiting for storage and reserves no CPU.
+    The pool of the GPUs (``embed`` or ``rerank``) comes first: one actor a GPU, or one actor where
+    there is none. The decode pool gets the CPUs that are left. Writing is waiting for storage and
+    reserves no CPU.
 
     Raises:
         UnschedulableError: If the sum, or one actor, does not fit.
     """
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    embed_gpus = section.embed.gpus
+    gpu_pool, engine = (
+        ("rerank", section.rerank) if isinstance(section, RerankPools) else ("embed", section.embed)
+    )
+    embed_gpus = engine.gpus
     if embed_gpus is None:
         embed_gpus = 1.0 if gpus >= 1 else 0.0
-    embed_actors = section.embed.actors or (max(1, int(gpus / embed_gpus)) if embed_gpus else 1)
-    left = cpus - embed_actors * section.embed.cpus
+    embed_actors = engine.actors or (max(1, int(gpus / embed_gpus)) if embed_gpus else 1)
+    left = cpus - embed_actors * engine.cpus
     decode_actors = section.decode.actors or max(1, int(left / section.decode.cpus))
     pools = Pools(
         decode_actors=decode_actors,
         decode_cpus=section.decode.cpus,
         embed_actors=embed_actors,
-        embed_cpus=section.embed.cpus,
+        embed_cpus=engine.cpus,
         embed_gpus=embed_gpus,
         write_tasks=section.write.tasks or max(2, embed_actors),
+        gpu_pool=gpu_pool,
     )
     there = f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s)"
     if pools.cpus > cpus or pools.gpus > gpus:
         raise UnschedulableError(
             f"The pools need {pools.cpus:g} CPUs and {pools.gpus:g} GPUs ({pools}); {there}.",
-            "Lower pools.decode.actors, pools.embed.actors or their cpus and gpus.",
+            f"Lower pools.decode.actors, pools.{gpu_pool}.actors or their cpus and gpus.",
         )
     for name, need in (
         ("pools.decode", Node(cpus=pools.decode_cpus, gpus=0)),
-        ("pools.embed", Node(cpus=pools.embed_cpus, gpus=pools.embed_gpus)),
+        (f"pools.{gpu_pool}", Node(cpus=pools.embed_cpus, gpus=pools.embed_gpus)),
     ):
         if not any(node.cpus >= need.cpus and node.gpus >= need.gpus for node in nodes):
             raise UnschedulableError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import ray
 from ray.exceptions import RayTaskError
 
 from qvl_batch.errors import QvlError, RunFailedError
-from qvl_batch.jobs.checkpoint import Model
-from qvl_batch.recipe import Recipe
+from qvl_batch.jobs.checkpoint import Model, RerankModel
+from qvl_batch.recipe import Recipe, RerankRecipe
 
 
 @ray.remote(num_cpus=0)
@@ -21,6 +22,17 @@ class RunControl:
         self._stopping = False
         self._begun: set[int] = set()
         self._error: QvlError | None = None
+        self._open: collections.Counter[tuple[str, int, bool]] = collections.Counter()
+
+    def begin(self, stage: str, ordinal: int, alone: bool) -> int:
+        """See `deaths.Attempts`."""
+        before = self._open[stage, ordinal, alone]
+        self._open[stage, ordinal, alone] += 1
+        return before
+
+    def end(self, stage: str, ordinal: int, alone: bool) -> None:
+        """See `deaths.Attempts`."""
+        self._open.pop((stage, ordinal, alone), None)
 
     def report(self, error: QvlError) -> None:
         """Keep what a worker can not go on with: Ray Data passes on its text alone."""
@@ -50,11 +62,24 @@ class MayStart:
 
 
 @dataclass(frozen=True)
+class ControlAttempts:
+    """`deaths.Attempts` kept by the control actor."""
+
+    control: Any
+
+    def begin(self, stage: str, ordinal: int, alone: bool) -> int:
+        return ray.get(self.control.begin.remote(stage, ordinal, alone))
+
+    def end(self, stage: str, ordinal: int, alone: bool) -> None:
+        ray.get(self.control.end.remote(stage, ordinal, alone))
+
+
+@dataclass(frozen=True)
 class Load:
     """A loader that pickles: a method of the model with its recipe."""
 
-    model: Model
-    recipe: Recipe
+    model: Model | RerankModel
+    recipe: Recipe | RerankRecipe
     method: str
     control: Any
 

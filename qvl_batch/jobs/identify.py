@@ -7,7 +7,7 @@ left to do only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,6 +73,16 @@ class Units:
             .append_column("_table", tables.cast(pa.string()))
         )
 
+    def media_ids(self, positions: npt.NDArray[np.int64]) -> pa.Array:
+        """Return the media_ids of units."""
+        rows = self.manifest.rows.select(_IDENTITY[:4])
+        taken = self.rows[positions]
+        slices = [
+            pa.array(_media_ids(rows.take(pa.array(taken[start : start + _ROWS_A_SLICE]))))
+            for start in range(0, len(taken), _ROWS_A_SLICE)
+        ]
+        return pa.chunked_array(slices, pa.string()).combine_chunks()
+
     @cached_property
     def _by_table(self) -> npt.NDArray[np.int64]:
         return np.argsort(self.codes, kind="stable")
@@ -90,7 +100,9 @@ def identify(manifest: Manifest, collection: str) -> Units:
             two partitions would share a table.
     """
     ids = pa.chunked_array(list(_unit_ids(manifest.rows)), pa.string()).combine_chunks()
-    codes, tables, partitions = _tables_of(manifest, collection)
+    codes, tables, partitions = tables_of(
+        manifest.path, manifest.rows, manifest.partition_by, collection
+    )
     rows = _distinct(manifest, ids, codes)
     num_duplicates = len(ids) - len(rows)
     if num_duplicates:
@@ -122,17 +134,25 @@ def _media_ids(rows: pa.Table) -> list[str]:
     ]
 
 
-def _tables_of(
-    manifest: Manifest, collection: str
+def tables_of(
+    path: str, rows: pa.Table, keys: Sequence[str], collection: str
 ) -> tuple[npt.NDArray[np.int32], tuple[str, ...], dict[str, Partition]]:
-    """Return each row's table as a position in the names, the names, and their partitions."""
-    num_rows, keys = manifest.rows.num_rows, manifest.partition_by
+    """Return each row's table as a position in the names, the names, and their partitions.
+
+    Args:
+        path: Of the list that the rows come from, for messages.
+        keys: Columns that select a table.
+
+    Raises:
+        ManifestError: If a value can not name a partition, or two partitions would share a table.
+    """
+    num_rows = rows.num_rows
     if not keys:
         name = table_name(collection, ())
         return np.zeros(num_rows, np.int32), (name,), {name: ()}
     combined, combinations = np.zeros(num_rows, np.int64), [()]
     for key in keys:
-        column = manifest.rows[key].combine_chunks().dictionary_encode(null_encoding="encode")
+        column = rows[key].combine_chunks().dictionary_encode(null_encoding="encode")
         values = column.dictionary.to_pylist()
         # Dense again after every key, so that many of them do not overflow.
         distinct, combined = np.unique(
@@ -146,8 +166,7 @@ def _tables_of(
     names = []
     for found in combinations:
         partition = tuple(
-            (key, partition_value(manifest.path, key, value))
-            for key, value in zip(keys, found, strict=True)
+            (key, partition_value(path, key, value)) for key, value in zip(keys, found, strict=True)
         )
         name = table_name(collection, partition)
         if partitions.setdefault(name, partition) != partition:

@@ -98,7 +98,9 @@ class RunReport:
 
 def write_report(report: RunReport, root: str, storage: Storage) -> str:
     """Write ``_qvl_runs/{run_id}.json`` under the root and return its address."""
-    return _write(join(root, REPORTS_FOLDER, f"{report.run_id}.json"), report.to_json(), storage)
+    return write_text(
+        join(root, REPORTS_FOLDER, f"{report.run_id}.json"), report.to_json(), storage
+    )
 
 
 def write_certificate(certificate: Certificate, run_id: str, root: str, storage: Storage) -> str:
@@ -107,10 +109,11 @@ def write_certificate(certificate: Certificate, run_id: str, root: str, storage:
     The file's sha256 is the certificate's, which tables made in that run state.
     """
     uri = join(root, REPORTS_FOLDER, f"{run_id}.certificate.json")
-    return _write(uri, certificate.to_json(), storage)
+    return write_text(uri, certificate.to_json(), storage)
 
 
-def _write(uri: str, text: str, storage: Storage) -> str:
+def write_text(uri: str, text: str, storage: Storage) -> str:
+    """Write a text and return its address."""
     fs = storage.filesystem(uri)
     path = fs._strip_protocol(uri)
     with explained(uri, storage):

@@ -16,14 +16,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qvl_batch import budget, schema
+from qvl_batch import budget, crash, schema
 from qvl_batch.errors import QvlError, UnitError
+from qvl_batch.jobs.deaths import Attempts, NoAttempts, run_carefully
+from qvl_batch.jobs.parts import Part, iter_parts, parts_array
 from qvl_batch.media.decoder import DecodeLimits, Decoder
 from qvl_batch.media.fetch import Fetcher, FetchLimits, FetchRequest, Source
 from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage
 from qvl_batch.tables.fragments import explode, failure_rows, write_fragments
-from qvl_batch.units import EmbedInput, Engine, PartPlan, Vision
+from qvl_batch.units import EmbedInput, Engine, PartPlan
 
 CountTokens = Callable[..., int]
 
@@ -54,6 +56,8 @@ class DecodeMedia:
         resize: Import path of the frame resize, called in the decoding process.
         load_counter: Gives the function that counts a prompt's tokens; called once.
         may_start: Asked with the first ordinal of a block; False once the run is stopping.
+        attempts: Knows on which blocks a worker has died.
+        max_deaths: Deaths of workers after which the unit they had at hand fails.
     """
 
     storage: Storage
@@ -63,6 +67,8 @@ class DecodeMedia:
     resize: str
     load_counter: Callable[[], CountTokens]
     may_start: Callable[[int], bool] = lambda _: True
+    attempts: Attempts = field(default_factory=NoAttempts)
+    max_deaths: int = 3
 
     def open(self) -> DecodingWorker:
         """Start the decoding process and whatever lives as long as an actor does."""
@@ -84,24 +90,14 @@ class DecodingWorker:
     def __call__(self, units: pa.Table) -> pa.Table:
         """Return `schema.decoded` of the units, in their order."""
         if units.num_rows and not self._stage.may_start(units["_ordinal"][0].as_py()):
-            outcomes: list[_Decoded] = [_Decoded(failure=NOT_STARTED)] * units.num_rows
-        else:
-            outcomes = list(self._decode_all(units))
-        texts = [
-            outcome.text if outcome.text is not None else given
-            for outcome, given in zip(outcomes, units["text"].to_pylist(), strict=True)
-        ]
-        place = units.column_names.index("text")
-        with_texts = units.set_column(place, units.schema.field("text"), pa.array(texts, "string"))
-        return (
-            with_texts.append_column(
-                pa.field("_parts", pa.list_(schema.PART)), _parts_array(outcomes)
-            )
-            .append_column(
-                pa.field("_failure", schema.FAILURE),
-                pa.array([outcome.failure for outcome in outcomes], schema.FAILURE),
-            )
-            .cast(schema.decoded(units.schema))
+            return _decoded(units, [_Decoded(failure=NOT_STARTED)] * units.num_rows)
+        return run_carefully(
+            units,
+            "decode",
+            lambda some: _decoded(some, list(self._decode_all(some))),
+            lambda unit, failure: _decoded(unit, [_Decoded(failure=failure)]),
+            self._stage.attempts,
+            self._stage.max_deaths,
         )
 
     def _decode_all(self, units: pa.Table) -> Iterator[_Decoded]:
@@ -132,6 +128,7 @@ class DecodingWorker:
 
     def _decode_one(self, row: Mapping[str, Any], source: Source) -> _Decoded:
         recipe = self._stage.recipe
+        crash.reached("mid-decode")
         try:
             header = self._decoder.open(source, row["kind"], dpi=recipe.document.dpi)
             if header.kind == "text":
@@ -157,39 +154,29 @@ class DecodingWorker:
 
 @dataclass(frozen=True, slots=True)
 class _Decoded:
-    parts: Sequence[tuple[PartPlan, npt.NDArray[np.uint8]]] = ()
+    parts: Sequence[Part] = ()
     text: str | None = None
     failure: Mapping[str, Any] | None = None
 
 
-def _parts_array(outcomes: Sequence[_Decoded]) -> pa.Array:
-    parts = [part for outcome in outcomes for part in outcome.parts]
-    plans = [plan for plan, _ in parts]
-    columns = {
-        "segment": [plan.segment for plan in plans],
-        "page": [plan.page for plan in plans],
-        "start_s": [plan.start_s for plan in plans],
-        "end_s": [plan.end_s for plan in plans],
-        "width_px": [plan.width_px for plan in plans],
-        "height_px": [plan.height_px for plan in plans],
-        "num_frames": [plan.num_frames for plan in plans],
-        "seconds": [plan.seconds for plan in plans],
-    }
-    arrays = [pa.array(values, schema.PART.field(name).type) for name, values in columns.items()]
-    arrays.append(_binary_array([np.ascontiguousarray(pixels) for _, pixels in parts]))
-    structs = pa.StructArray.from_arrays(arrays, fields=list(schema.PART))
-    offsets = np.cumsum([0, *(len(outcome.parts) for outcome in outcomes)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), structs)
-
-
-def _binary_array(blobs: Sequence[npt.NDArray[np.uint8]]) -> pa.Array:
-    """Return a large_binary array with one copy of the pixels, not two."""
-    offsets = np.cumsum([0, *(blob.nbytes for blob in blobs)], dtype=np.int64)
-    data = np.empty(int(offsets[-1]), np.uint8)
-    for blob, start in zip(blobs, offsets, strict=False):
-        data[start : start + blob.nbytes] = blob.reshape(-1)
-    return pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(blobs), [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+def _decoded(units: pa.Table, outcomes: Sequence[_Decoded]) -> pa.Table:
+    """Return `schema.decoded` of units and what became of them."""
+    texts = [
+        outcome.text if outcome.text is not None else given
+        for outcome, given in zip(outcomes, units["text"].to_pylist(), strict=True)
+    ]
+    place = units.column_names.index("text")
+    with_texts = units.set_column(place, units.schema.field("text"), pa.array(texts, "string"))
+    return (
+        with_texts.append_column(
+            pa.field("_parts", pa.list_(schema.PART)),
+            parts_array([outcome.parts for outcome in outcomes]),
+        )
+        .append_column(
+            pa.field("_failure", schema.FAILURE),
+            pa.array([outcome.failure for outcome in outcomes], schema.FAILURE),
+        )
+        .cast(schema.decoded(units.schema))
     )
 
 
@@ -198,9 +185,20 @@ class EmbedMedia:
 
     An error of ours while loading is raised at the first call: an actor that dies in its
     constructor reaches the driver as a death, without its reason.
+
+    Args:
+        load: Gives the engine.
+        attempts: Knows on which blocks a worker has died.
+        max_deaths: Deaths of workers after which the unit they had at hand fails.
     """
 
-    def __init__(self, load: Callable[[], Engine]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        attempts: Attempts = NoAttempts(),
+        max_deaths: int = 3,
+    ) -> None:
+        self._attempts, self._max_deaths = attempts, max_deaths
         self._broken: QvlError | None = None
         try:
             self._engine = load()
@@ -211,6 +209,12 @@ class EmbedMedia:
         """Return `schema.embedded` of the units, in their order."""
         if self._broken is not None:
             raise self._broken
+        return run_carefully(
+            decoded, "embed", self._embed, _not_embedded, self._attempts, self._max_deaths
+        )
+
+    def _embed(self, decoded: pa.Table) -> pa.Table:
+        crash.reached("mid-embed")
         units = decoded.drop_columns(["_parts", "_failure"])
         inputs, owners, parts = _inputs_of(decoded)
         result = self._engine.embed(inputs) if inputs else None
@@ -246,6 +250,17 @@ class EmbedMedia:
         )
 
 
+def _not_embedded(unit: pa.Table, failure: dict[str, Any]) -> pa.Table:
+    units = unit.drop_columns(["_parts", "_failure"])
+    return (
+        units.append_column(
+            pa.field("_rows", pa.list_(schema.ROW)), pa.array([[]], pa.list_(schema.ROW))
+        )
+        .append_column(pa.field("_failure", schema.FAILURE), pa.array([failure], schema.FAILURE))
+        .cast(schema.embedded(units.schema))
+    )
+
+
 def _payload(value: npt.NDArray[np.generic] | np.generic) -> bytes | float:
     return float(value) if np.ndim(value) == 0 else value.tobytes()
 
@@ -253,7 +268,10 @@ def _payload(value: npt.NDArray[np.generic] | np.generic) -> bytes | float:
 def _inputs_of(decoded: pa.Table) -> tuple[list[EmbedInput], list[int], list[dict[str, Any]]]:
     """Return one prompt a row-to-be, the position of its unit, and what is known of the row."""
     inputs, owners, known = [], [], []
-    for owner, unit in enumerate(_units_with_parts(decoded)):
+    units = decoded.select(["uri", "kind", "text", "instruction", "_failure"]).to_pylist()
+    for owner, (unit, parts) in enumerate(zip(units, iter_parts(decoded["_parts"]), strict=True)):
+        if unit["_failure"] is not None:
+            continue
         texts = (unit["text"],) if unit["text"] is not None else ()
         if unit["kind"] == "text":
             inputs.append(
@@ -261,15 +279,12 @@ def _inputs_of(decoded: pa.Table) -> tuple[list[EmbedInput], list[int], list[dic
             )
             owners.append(owner)
             known.append({"segment": 0})
-        for part, pixels in unit["parts"]:
-            shape = (part["num_frames"], part["height_px"], part["width_px"], 3)
-            seconds = tuple(part.pop("seconds"))
-            vision = Vision(pixels=pixels.reshape(shape), seconds=seconds)
+        for part, vision in parts:
             inputs.append(
                 EmbedInput(
                     texts=texts,
-                    images=() if seconds else (vision,),
-                    videos=(vision,) if seconds else (),
+                    images=() if vision.seconds else (vision,),
+                    videos=(vision,) if vision.seconds else (),
                     instruction=unit["instruction"],
                     uri=unit["uri"] or "",
                 )
@@ -277,27 +292,6 @@ def _inputs_of(decoded: pa.Table) -> tuple[list[EmbedInput], list[int], list[dic
             owners.append(owner)
             known.append(part)
     return inputs, owners, known
-
-
-def _units_with_parts(decoded: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the units that decoded; pixels are views of the block, not copies."""
-    columns = {name: decoded[name].to_pylist() for name in ("uri", "kind", "text", "instruction")}
-    failed = decoded["_failure"].is_valid().to_pylist()
-    lists = decoded["_parts"].combine_chunks()
-    structs = lists.values
-    facts = pa.StructArray.from_arrays(
-        [structs.field(field.name) for field in schema.PART if field.name != "pixels"],
-        fields=[field for field in schema.PART if field.name != "pixels"],
-    )
-    pixels = structs.field("pixels")
-    offsets = lists.offsets.to_pylist()
-    for i in range(decoded.num_rows):
-        if failed[i]:
-            yield {"kind": "", "text": None, "parts": [], "uri": None, "instruction": None}
-            continue
-        span = range(offsets[i], offsets[i + 1])
-        parts = [(facts[j].as_py(), np.frombuffer(pixels[j].as_buffer(), np.uint8)) for j in span]
-        yield {name: values[i] for name, values in columns.items()} | {"parts": parts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +324,7 @@ class WriteRows:
         units = units.filter(pc.invert(stopped))
         now = dt.datetime.now(dt.UTC)
         fragments: dict[str, list[dict[str, Any]]] = {}
+        done: dict[str, npt.NDArray[np.int64]] = {}
         failures = []
         num_rows = num_units = 0
         for name in units["_table"].unique().to_pylist():
@@ -337,6 +332,7 @@ class WriteRows:
             rows = explode(mine, self.schemas[name], run_id=self.run_id, embedded_at=now)
             if rows.num_rows:
                 fragments[name] = write_fragments(self.root, self.storage, name, rows)
+                done[name] = mine.filter(pc.is_null(mine["_failure"]))["_ordinal"].to_numpy()
                 num_rows += rows.num_rows
             lost = failure_rows(
                 mine,
@@ -355,6 +351,7 @@ class WriteRows:
             num_units=num_units,
             num_rows=num_rows,
             num_tokens=_total_tokens(units),
+            done=done,
         )
 
 
@@ -368,6 +365,7 @@ class Written:
     """What one group of blocks became: fragments by table, not yet visible, and failures.
 
     `ordinals` are all units of the group; those in `not_started` are neither done nor failed.
+    `done` has those whose rows are in a table's fragments; a table it does not name has them all.
     `work` counts what it took, by name.
     """
 
@@ -378,4 +376,5 @@ class Written:
     num_units: int
     num_rows: int
     num_tokens: int
+    done: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     work: Mapping[str, int] = field(default_factory=dict)

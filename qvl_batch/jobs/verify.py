@@ -15,11 +15,41 @@ from qvl_batch.jobs.identify import Units, identify
 from qvl_batch.jobs.manifest import read_manifest
 from qvl_batch.storage import Storage
 from qvl_batch.tables.check import LOST, Problem, check_table
-from qvl_batch.tables.layout import partition_json
-from qvl_batch.tables.ledger import Failures, done_units, table_collection, table_partition
+from qvl_batch.tables.check_scores import check_scores
+from qvl_batch.tables.layout import VECTORS_KIND, Partition, partition_json, table_name
+from qvl_batch.tables.ledger import (
+    Failures,
+    done_units,
+    table_collection,
+    table_kind,
+    table_partition,
+)
+from qvl_batch.tables.scores import (
+    CANDIDATES_KIND,
+    candidates_collection,
+    column_values,
+    scores_collection,
+)
 from qvl_batch.tables.store import TableStore
 
 LISTED_PROBLEMS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresCounts:
+    """What a scores collection holds; the failed are pairs without a score."""
+
+    collection: str
+    num_queries: int
+    num_candidates: int
+    num_scored: int
+    num_failed: int
+
+    def __str__(self) -> str:
+        return (
+            f"scores {self.collection}: {self.num_queries:,} queries, {self.num_candidates:,} "
+            f"candidates, {self.num_scored:,} scored, {self.num_failed:,} failed"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,23 +64,29 @@ class VerifyReport:
     num_failed: int
     num_unlisted: int
     problems: tuple[Problem, ...]
+    scores: tuple[ScoresCounts, ...] = ()
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
         return json.dumps(values | {"ok": not self.problems}, indent=2, default=str)
 
     def __str__(self) -> str:
-        head = (
-            f"collection {self.collection}: {self.num_tables} table(s), {self.num_rows:,} rows, "
-            f"{self.num_done:,} units done, {self.num_failed:,} failed"
-        )
-        if self.num_units:
-            head += f", {self.num_units:,} in the manifest"
-        if self.num_unlisted:
-            head += f"; {self.num_unlisted:,} done units are not in the manifest (no error)"
+        lines = []
+        if self.num_tables or not self.scores:
+            head = (
+                f"collection {self.collection}: {self.num_tables} table(s), {self.num_rows:,} "
+                f"rows, {self.num_done:,} units done, {self.num_failed:,} failed"
+            )
+            if self.num_units:
+                head += f", {self.num_units:,} in the manifest"
+            if self.num_unlisted:
+                head += f"; {self.num_unlisted:,} done units are not in the manifest (no error)"
+            lines.append(head)
+        lines += map(str, self.scores)
         if not self.problems:
-            return f"{head}\nverified: every unit is there once"
-        lines = [head, f"{len(self.problems)} problem(s):"]
+            what = "unit and pair" if self.scores else "unit"
+            return "\n".join([*lines, f"verified: every {what} is there once"])
+        lines.append(f"{len(self.problems)} problem(s):")
         lines += [f"  {problem}" for problem in self.problems[:LISTED_PROBLEMS]]
         if len(self.problems) > LISTED_PROBLEMS:
             lines.append(f"  … and {len(self.problems) - LISTED_PROBLEMS} more (--json lists all)")
@@ -65,21 +101,22 @@ def verify(
     collection: str | None = None,
     partition_by: list[str] | None = None,
 ) -> VerifyReport:
-    """Check a collection, against its manifest if one is given.
+    """Check a collection, against its manifest if one is given, and the scores that lie with it.
 
     Args:
         root: LanceDB directory.
         storage: How to reach it.
         manifest: The manifest that was embedded; without it the tables are checked in themselves.
-        collection: Needed only where the root holds several.
+        collection: Needed only where the root holds several of vectors; may be one of scores,
+            which then is all that is checked.
         partition_by: As the run had it; None takes the tables' own partition keys.
 
     Raises:
         InputError: If there is nothing to verify, or the choice is not clear.
     """
     store = TableStore(root, storage)
-    tables = _tables_of(store)
-    if not tables:
+    tables, scores = _tables_of(store)
+    if not tables and not scores:
         raise StorageError(f"{root} holds no tables.", "Give the output.root of an embed run.")
     if collection is None:
         if len(tables) > 1:
@@ -87,31 +124,84 @@ def verify(
                 f"{root} holds the collections {', '.join(sorted(tables))}.",
                 "Choose one with --collection.",
             )
-        collection = next(iter(tables))
-    if collection not in tables:
+        collection = next(iter(tables or scores))
+    elif collection in scores:
+        scores = {collection: scores[collection]}
+    if collection not in tables and collection not in scores:
         raise StorageError(
             f"{root} holds no collection {collection!r}.",
-            f"There are: {', '.join(sorted(tables))}.",
+            f"There are: {', '.join(sorted([*tables, *scores]))}.",
         )
-    names = tables[collection]
+    names = tables.get(collection, [])
     units = None
-    if manifest is not None:
+    if manifest is not None and names:
         if partition_by is None:
             partition_by = _partition_keys(store, names)
         units = identify(read_manifest(manifest, storage, partition_by), collection)
-    return _verify_collection(store, collection, names, units)
+    report = _verify_collection(store, collection, names, units)
+    for name, partitions in sorted(scores.items()):
+        counts, problems = _verify_scores(store, name, partitions)
+        report = dataclasses.replace(
+            report,
+            scores=(*report.scores, counts),
+            problems=(*report.problems, *problems),
+        )
+    return report
 
 
-def _tables_of(store: TableStore) -> dict[str, list[str]]:
+def _tables_of(store: TableStore) -> tuple[dict[str, list[str]], dict[str, list[Partition]]]:
+    """Return the tables of each collection of vectors, and the partitions of each of scores."""
     by_collection: dict[str, list[str]] = {}
+    scores: dict[str, list[Partition]] = {}
     for name in store.names():
         if name.startswith("_"):
             continue
         dataset = store.open(name)
-        collection = table_collection(dataset) if dataset is not None else ""
-        if collection:
+        if dataset is None or not table_collection(dataset):
+            continue
+        collection = table_collection(dataset)
+        kind = table_kind(dataset)
+        if kind == VECTORS_KIND:
             by_collection.setdefault(collection, []).append(name)
-    return by_collection
+        else:
+            # Either table may be the only one: a run was killed, or somebody removed the other.
+            if kind == CANDIDATES_KIND:
+                collection = scores_collection(collection)
+            partitions = scores.setdefault(collection, [])
+            if table_partition(dataset) not in partitions:
+                partitions.append(table_partition(dataset))
+    return by_collection, scores
+
+
+def _verify_scores(
+    store: TableStore, collection: str, partitions: list[Partition]
+) -> tuple[ScoresCounts, list[Problem]]:
+    problems: list[Problem] = []
+    num_queries = num_candidates = num_scored = num_failed = 0
+    failures = Failures(store, collection)
+    for partition in partitions:
+        name = table_name(collection, partition)
+        scores = store.open(name)
+        candidates = store.open(table_name(candidates_collection(collection), partition))
+        if candidates is None:
+            problems.append(Problem(LOST, name, None, None, "its table of candidates is gone"))
+            continue
+        scored = column_values(scores, "pair_id")
+        failed = failures.of(partition_json(partition), scored)["unit_id"].combine_chunks()
+        pairs = column_values(candidates, "pair_id")
+        num_queries += len(column_values(candidates, "query_id"))
+        num_candidates += candidates.count_rows()
+        num_scored += len(scored)
+        num_failed += pc.sum(pc.is_in(pairs, value_set=failed)).as_py() or 0
+        problems += check_scores(candidates, scores, failed)
+    counts = ScoresCounts(
+        collection=collection,
+        num_queries=num_queries,
+        num_candidates=num_candidates,
+        num_scored=num_scored,
+        num_failed=num_failed,
+    )
+    return counts, problems
 
 
 def _partition_keys(store: TableStore, names: list[str]) -> list[str]:

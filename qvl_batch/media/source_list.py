@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import itertools
 import math
-import os
-import posixpath
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, Any
@@ -19,15 +14,12 @@ import pyarrow.parquet as pq
 
 from qvl_batch.errors import ManifestError
 from qvl_batch.media.objects import explained
+from qvl_batch.media.records import absolute_from, csv_records, json_records, opened, refused
 from qvl_batch.schema import MANIFEST, RESERVED
-from qvl_batch.storage import OBJECT_SCHEMES, Storage, is_local, local_path, scheme_of
+from qvl_batch.storage import Storage
 from qvl_batch.units import KINDS
 
 LIST_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
-MAX_LINE_BYTES = 16 * 2**20
-# s3fs reads ahead by 50 MB, else.
-READ_BLOCK_BYTES = 4 * 2**20
-
 _STRINGS = frozenset(("uri", "kind", "etag", "text", "instruction"))
 _LEAST = {"size_bytes": 0, "byte_offset": 0, "byte_length": 1, "max_frames": 1}
 
@@ -61,46 +53,25 @@ def read_list(source: str, *, storage: Storage, batch_rows: int) -> Iterator[Lis
     """
     suffix = source.lower().rpartition(".")[2]
     read = {"csv": _read_csv, "parquet": _read_parquet}.get(suffix, _read_json_lines)
-    with explained(source, storage), _opened(source, storage) as file:
+    with explained(source, storage), opened(source, storage) as file:
         yield from read(source, file, batch_rows)
 
 
-def _opened(source: str, storage: Storage) -> AbstractContextManager[IO[bytes]]:
-    if is_local(source):
-        return open(local_path(source), "rb")
-    remote = storage.filesystem(source).open(source, "rb", block_size=READ_BLOCK_BYTES)
-    # fsspec's readline takes no limit.
-    return io.BufferedReader(remote, READ_BLOCK_BYTES // 4)
-
-
 def _read_json_lines(source: str, file: IO[bytes], batch_rows: int) -> Iterator[ListBatch]:
-    records: list[dict[str, Any]] = []
-    places: list[str] = []
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        place = f"line {number}"
-        if len(line) > MAX_LINE_BYTES:
-            raise _refused(source, place, "is longer than 16 MiB", "Write one object a line.")
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            shown = line[:60].decode(errors="replace").strip()
-            problem = f"is not JSON ({error}): {shown}"
-            raise _refused(source, place, problem, "Write one object a line.") from None
-        if not isinstance(record, dict):
-            raise _refused(source, place, f"is not an object: {record!r:.60}", "Write {...}.")
-        records.append(record)
-        places.append(place)
-        if len(records) == batch_rows:
-            yield _from_records(source, records, places)
-            records, places = [], []
-    if records:
+    for places, records in _batched(json_records(source, file), batch_rows):
         yield _from_records(source, records, places)
+
+
+def _read_csv(source: str, file: IO[bytes], batch_rows: int) -> Iterator[ListBatch]:
+    for places, records in _batched(csv_records(source, file), batch_rows):
+        yield _from_csv(source, records, places)
+
+
+def _batched(
+    placed: Iterator[tuple[str, dict[str, Any]]], batch_rows: int
+) -> Iterator[tuple[list[str], list[dict[str, Any]]]]:
+    while batch := list(itertools.islice(placed, batch_rows)):
+        yield [place for place, _ in batch], [record for _, record in batch]
 
 
 def _from_records(source: str, records: list[dict[str, Any]], places: list[str]) -> ListBatch:
@@ -126,51 +97,11 @@ def _from_records(source: str, records: list[dict[str, Any]], places: list[str])
     return ListBatch(_checked(source, records, places, False), places, table)
 
 
-def _read_csv(source: str, file: IO[bytes], batch_rows: int) -> Iterator[ListBatch]:
-    # The module's limit of 128 KiB a field is shorter than a text may be.
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-    records: list[list[str]] = []
-    places: list[str] = []
-    header: list[str] | None = None
-    try:
-        for record in reader:
-            place = f"line {reader.line_num}"
-            if not record:
-                continue
-            if header is None:
-                header = [name.strip() for name in record]
-                _check_names(source, [name for name in header if name not in MANIFEST.names])
-                if len(set(header)) < len(header):
-                    raise _refused(source, place, "names a column twice", "Name each once.")
-                continue
-            if len(record) != len(header):
-                problem = f"has {len(record)} fields, the header has {len(header)}"
-                raise _refused(source, place, problem, "Quote fields that hold a comma.")
-            records.append(record)
-            places.append(place)
-            if len(records) == batch_rows:
-                yield _from_csv(source, header, records, places)
-                records, places = [], []
-    except (csv.Error, UnicodeDecodeError) as error:
-        place = f"line {reader.line_num + 1}"
-        raise _refused(source, place, f"is not CSV ({error})", "Save it as UTF-8 CSV.") from None
-    if records and header:
-        yield _from_csv(source, header, records, places)
-
-
-def _from_csv(
-    source: str, header: list[str], records: list[list[str]], places: list[str]
-) -> ListBatch:
-    rows = [
-        {name: value for name, value in zip(header, record, strict=True) if value != ""}
-        for record in records
-    ]
-    further = {
-        name: pa.array([row.get(name) for row in rows], pa.string())
-        for name in header
-        if name not in MANIFEST.names
-    }
+def _from_csv(source: str, records: list[dict[str, str]], places: list[str]) -> ListBatch:
+    names = [name for name in records[0] if name not in MANIFEST.names]
+    _check_names(source, names)
+    rows = [{name: value for name, value in row.items() if value != ""} for row in records]
+    further = {name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}
     table = pa.table(further) if further else no_columns(len(rows))
     return ListBatch(_checked(source, rows, places, True), places, table)
 
@@ -209,10 +140,6 @@ def no_columns(num_rows: int) -> pa.Table:
     return pa.table({"_": pa.nulls(num_rows)}).select([])
 
 
-def _refused(source: str, place: str, problem: str, remedy: str) -> ManifestError:
-    return ManifestError(f"{source}, {place}, {problem}.", remedy)
-
-
 def _check_names(source: str, further: list[str]) -> None:
     for name in further:
         if not name:
@@ -228,15 +155,15 @@ def _checked(
     source: str, records: list[dict[str, Any]], places: list[str], textual: bool
 ) -> list[dict[str, Any]]:
     """Return the manifest columns of each row, checked and completed; nulls are dropped."""
-    folder = _folder(source)
+    absolute = absolute_from(source)
     return [
-        _checked_row(source, place, record, textual, folder)
+        _checked_row(source, place, record, textual, absolute)
         for record, place in zip(records, places, strict=True)
     ]
 
 
 def _checked_row(
-    source: str, place: str, record: dict[str, Any], textual: bool, folder: Callable[[str], str]
+    source: str, place: str, record: dict[str, Any], textual: bool, absolute: Callable[[str], str]
 ) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name in MANIFEST.names:
@@ -247,21 +174,21 @@ def _checked_row(
             row[name] = _value(name, value, textual)
         except (ValueError, OverflowError) as error:
             problem = f"has {name}={value!r:.80}, which is not {error}"
-            raise _refused(source, place, problem, "Correct the value or leave it out.") from None
+            raise refused(source, place, problem, "Correct the value or leave it out.") from None
     uri, text = row.get("uri"), row.get("text")
     if uri is None and text is None:
-        raise _refused(source, place, "has neither uri nor text", "Give one of them.")
+        raise refused(source, place, "has neither uri nor text", "Give one of them.")
     if uri is None:
         if row.setdefault("kind", "text") != "text":
-            raise _refused(source, place, f"has kind {row['kind']!r} and no uri", "Give its uri.")
+            raise refused(source, place, f"has kind {row['kind']!r} and no uri", "Give its uri.")
         if "byte_offset" in row or "byte_length" in row:
-            raise _refused(source, place, "has a byte range and no uri", "Give its uri.")
+            raise refused(source, place, "has a byte range and no uri", "Give its uri.")
         row.setdefault("size_bytes", len(text.encode()))
         return row
     try:
-        row["uri"] = folder(uri)
+        row["uri"] = absolute(uri)
     except ValueError as error:
-        raise _refused(source, place, f"has uri={uri!r:.200}, {error}", "Correct it.") from None
+        raise refused(source, place, f"has uri={uri!r:.200}, {error}", "Correct it.") from None
     return row
 
 
@@ -301,30 +228,3 @@ def _value(name: str, value: object, textual: bool) -> object:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"a whole number from {least} to {most}")
     return value
-
-
-def _folder(source: str) -> Callable[[str], str]:
-    """Return what makes a uri of the list absolute; it raises ValueError for one of no use."""
-    local = is_local(source)
-    here = os.path.dirname(os.path.abspath(local_path(source))) if local else ""
-    scheme, _, rest = source.partition("://")
-    bucket, _, key = rest.partition("/")
-
-    def absolute(uri: str) -> str:
-        found = scheme_of(uri)
-        if found != "file":
-            if found not in OBJECT_SCHEMES:
-                raise ValueError(f"whose scheme {found}:// is none of local paths, s3, gs, az")
-            if not uri.partition("://")[2].partition("/")[2]:
-                raise ValueError("which names no object")
-            return uri
-        if uri.startswith("file://") or uri.startswith("/"):
-            return os.path.abspath(local_path(uri))
-        if local:
-            return os.path.abspath(os.path.join(here, uri))
-        if {".", ".."} & set(uri.split("/")):
-            joined = posixpath.normpath(posixpath.join("/", posixpath.dirname(key), uri))
-            return f"{scheme}://{bucket}{joined}"
-        return "/".join([f"{scheme}://{bucket}", *filter(None, [posixpath.dirname(key)]), uri])
-
-    return absolute

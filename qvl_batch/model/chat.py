@@ -19,6 +19,7 @@ RERANK_SYSTEM = (
 DEFAULT_RERANK_INSTRUCTION = (
     "Given a search query, retrieve relevant candidates that answer the query."
 )
+USER_TURN = "user\n"
 EMPTY_USER_TURN = "NULL"
 
 
@@ -114,7 +115,7 @@ def embed_pieces(
     yield ("<|im_end|>",)
     yield "\n"
     yield ("<|im_start|>",)
-    yield "user\n"
+    yield USER_TURN
     yield from content_pieces(texts, images, videos, nested)
     yield ("<|im_end|>",)
     yield "\n"

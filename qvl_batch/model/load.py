@@ -235,6 +235,8 @@ def load_checkpoint(folder: Path, *, dtype: torch.dtype, device: torch.device) -
                 trust_remote_code=False,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                # So that they are in the report, which is refused below in words of our own.
+                ignore_mismatched_sizes=True,
             )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -268,7 +270,10 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
 def _refuse_wrong_weights(folder: Path, report: dict[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     unknown = sorted(key for key in report["unexpected_keys"] if not key.endswith("lm_head.weight"))
-    wrong_shape = sorted(str(key[0]) for key in report["mismatched_keys"])
+    wrong_shape = sorted(
+        f"{name} is {tuple(stored)} in the file, config.json asks for {tuple(wanted)}"
+        for name, stored, wanted in report["mismatched_keys"]
+    )
     facts = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
         for keys, what in (
@@ -281,7 +286,8 @@ def _refuse_wrong_weights(folder: Path, report: dict[str, Any]) -> None:
     if facts:
         raise ModelError(
             f"The weights of {folder} do not match its config.json: {'; '.join(facts)}.",
-            "Nothing is initialised at random here: take a complete checkpoint.",
+            "Nothing is initialised at random here: take config.json and all weights from one "
+            "checkpoint.",
         )
 
 

@@ -88,4 +88,9 @@ class LinearPatchEmbed(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return (patches, hidden) of (patches, 1536), or of an image's (patches, 768)."""
         weight = self.weight if rows.shape[1] == self.weight.shape[1] else self.still_weight
-        return nn.functional.linear(rows.to(weight.dtype), weight, self.bias)
+        # A CPU's half-precision products of long rows round by how many rows there are, by which a
+        # picture alone would differ from one in a pack.
+        on_cpu = rows.device.type == "cpu"
+        inner = torch.promote_types(weight.dtype, torch.float32) if on_cpu else weight.dtype
+        embedded = nn.functional.linear(rows.to(inner), weight.to(inner), self.bias.to(inner))
+        return embedded.to(weight.dtype)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from qvl_batch.errors import EmbedFailedError, ModelError
 from qvl_batch.model.chat import (
+    USER_TURN,
     Piece,
     VisionShape,
     embed_instruction,
@@ -134,6 +135,7 @@ class PromptTokenizer:
         at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), len(whole))
         self._prefix, self._suffix = whole[:at], whole[at + len(plain) :]
         self._short_ids = functools.lru_cache(maxsize=4096)(self._text_ids)
+        self._user_turn = np.array([self.special["<|im_start|>"], *self._ids(USER_TURN)])
 
     def _token_id(self, name: str) -> int:
         token = self._tokenizer.token_to_id(name)
@@ -253,6 +255,23 @@ class PromptTokenizer:
                 )
             ids = ids[:keep]
         return PromptIds(np.array(ids + self._suffix, np.int64), tuple(spans), whole)
+
+    def num_instruction_tokens(self, prompt: PromptIds) -> int:
+        """Return how many first tokens an embedding prompt has of its instruction alone.
+
+        They end with the user turn's header, so no token of the unit is among them; prompts of one
+        instruction agree in them. Always less than the whole prompt.
+
+        Returns:
+            0 if the tokenizer joins the unit's first characters to the header (a text that begins
+            with a line break), or if the cut left no more than the header.
+        """
+        turns = np.flatnonzero(prompt.ids == self.special["<|im_start|>"])
+        if len(turns) < 2:
+            return 0
+        end = int(turns[1]) + len(self._user_turn)
+        whole = np.array_equal(prompt.ids[turns[1] : end], self._user_turn)
+        return end if whole and end < len(prompt.ids) else 0
 
     def encode_pair(self, instruction: str, query: EmbedInput, document: EmbedInput) -> PromptIds:
         """Return the ids of a reranking prompt.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from qvl_batch.errors import BadVectorError, UnitError
 from qvl_batch.model.attention import kernel_name, takes_prefix
@@ -80,6 +81,7 @@ class RerankEngine:
         reuse_prefix: Keep the keys and values of what stands before the documents. A pair that is
             truncated, or the only one of its query, is computed plainly.
         vision_cache_bytes: Memory that kept features may hold; None: a part of the device's.
+        model: As for ``EmbedEngine``; its head is its token embedding.
 
     Raises:
         ModelError: If the checkpoint can not be used.
@@ -100,18 +102,22 @@ class RerankEngine:
         reuse_vision: bool = True,
         reuse_prefix: bool = True,
         vision_cache_bytes: int | None = None,
+        model: PreTrainedModel | None = None,
     ) -> None:
         folder = Path(folder)
         if threads:
             torch.set_num_threads(threads)
-        check_folder(folder)
+        if model is None:
+            check_folder(folder)
         self.instruction = instruction or DEFAULT_RERANK_INSTRUCTION
         self.tokenizer = PromptTokenizer(folder, max_tokens=max_tokens, token_layout=token_layout)
         yes, no = (self.tokenizer.vocabulary_id(word) for word in ("yes", "no"))
-        chosen = choose_device(device)
-        compute = choose_dtype(dtype, chosen)
-        rows = load_head_rows(folder, [yes, no])
-        model = load_checkpoint(folder, dtype=compute, device=chosen)
+        if model is None:
+            chosen = choose_device(device)
+            rows = load_head_rows(folder, [yes, no])
+            model = load_checkpoint(folder, dtype=choose_dtype(dtype, chosen), device=chosen)
+        else:
+            rows = model.get_input_embeddings().weight[[yes, no]]
         self._packed = PackedModel(
             model,
             batch_tokens=batch_tokens,
@@ -119,13 +125,13 @@ class RerankEngine:
             prefixes=reuse_prefix,
         )
         if vision_cache_bytes is None:
-            vision_cache_bytes = feature_bytes(chosen)
+            vision_cache_bytes = feature_bytes(model.device)
         self.reuse_vision = reuse_vision
-        self.reuse_prefix = reuse_prefix and takes_prefix(chosen, compute)
+        self.reuse_prefix = reuse_prefix and takes_prefix(model.device, model.dtype)
         self._store = FeatureStore(self._packed.tower, vision_cache_bytes)
         self.counts = ReuseCounts()
         # Subtracted and rounded as the official class does: in the model's dtype.
-        rows = rows.to(chosen, compute)
+        rows = rows.to(model.device, model.dtype)
         self._direction = rows[0] - rows[1]
 
     @property

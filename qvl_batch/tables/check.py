@@ -76,7 +76,7 @@ def check_table(
     """
     table = name_of(ds)
     try:
-        problems, whole = _check_files(ds, table)
+        problems, whole = whole_fragments(ds, table)
         rows = _Rows.read(ds, whole)
     except (ValueError, OSError, RuntimeError) as error:
         raise storage_error(ds.uri, error) from error
@@ -126,7 +126,7 @@ class _Rows:
         )
 
 
-def _check_files(
+def whole_fragments(
     ds: lance.LanceDataset, table: str
 ) -> tuple[list[Problem], list[lance.LanceFragment]]:
     """Return the missing files, and the fragments that have all of theirs."""

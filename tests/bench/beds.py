@@ -6,80 +6,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from qvl_batch.model.attention import takes_prefix
-from qvl_batch.model.chat import DEFAULT_RERANK_INSTRUCTION
-from qvl_batch.model.encode import truncate
 from qvl_batch.model.engine import EmbedEngine
-from qvl_batch.model.feature_store import FeatureStore
-from qvl_batch.model.forward import PackedModel, PackedPrompt
-from qvl_batch.model.memory import feature_bytes
+from qvl_batch.model.forward import PackedPrompt
 from qvl_batch.model.prompt import PromptTokenizer
-from qvl_batch.model.rerank import RerankEngine, ReuseCounts
+from qvl_batch.model.rerank import RerankEngine
 from qvl_batch.units import EmbedInput
 from tests.bench.shapes import Shape, packed_form, random_model, save_weights, write_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Vectors(Protocol):
-    """What is measured of ours."""
-
-    def embed_vectors(self, inputs: list[EmbedInput]) -> npt.NDArray[np.float32]:
-        """Return normalised vectors, shape (n, hidden)."""
-        ...
-
-
-class MemoryEngine:
-    """The steps of ``EmbedEngine.embed_vectors`` on a model that is in no folder."""
-
-    def __init__(self, model: PreTrainedModel, folder: Path, batch_tokens: int) -> None:
-        self._tokenizer = PromptTokenizer(folder)
-        self._packed = PackedModel(packed_form(model), batch_tokens=batch_tokens)
-
-    def embed_vectors(self, inputs: list[EmbedInput]) -> npt.NDArray[np.float32]:
-        """Return normalised vectors, shape (n, hidden).
-
-        Raises:
-            UnitError: The first failure, if any input fails.
-        """
-        states, failures = self._packed.last_states(packed_prompts(self._tokenizer, inputs))
-        if failures:
-            raise failures[min(failures)]
-        return truncate(states, states.shape[1]).cpu().numpy()
-
-
-class MemoryReranker(RerankEngine):
-    """``RerankEngine`` on a model that is in no folder: only its construction is another."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        folder: Path,
-        batch_tokens: int,
-        *,
-        reuse_vision: bool,
-        reuse_prefix: bool,
-    ) -> None:
-        # The parent's would load the folder's weights.
-        self.instruction = DEFAULT_RERANK_INSTRUCTION
-        self.tokenizer = PromptTokenizer(folder, max_tokens=10_240)
-        self._packed = PackedModel(
-            packed_form(model), batch_tokens=batch_tokens, prefixes=reuse_prefix
-        )
-        self.reuse_vision = reuse_vision
-        self.reuse_prefix = reuse_prefix and takes_prefix(model.device, model.dtype)
-        self._store = FeatureStore(self._packed.tower, feature_bytes(model.device))
-        self.counts = ReuseCounts()
-        rows = model.get_input_embeddings().weight
-        yes, no = (self.tokenizer.vocabulary_id(word) for word in ("yes", "no"))
-        self._direction = rows[yes] - rows[no]
 
 
 @dataclass(frozen=True)
@@ -100,19 +39,21 @@ class Bed:
     def device(self) -> torch.device:
         return self.plain.device
 
-    def engine(self, batch_tokens: int) -> Vectors:
-        """Return our engine; from the folder, as users get it, where there are weights."""
-        if not self.on_disk:
-            return MemoryEngine(self.plain, self.folder, batch_tokens)
-        return EmbedEngine(self.folder, device=str(self.device), batch_tokens=batch_tokens)
+    def engine(self, batch_tokens: int) -> EmbedEngine:
+        """Return our engine."""
+        return EmbedEngine(self.folder, batch_tokens=batch_tokens, **self._weights())
 
     def reranker(self, batch_tokens: int, **options: bool) -> RerankEngine:
-        """Return our reranker; from the folder, as users get it, where there are weights."""
-        if not self.on_disk:
-            return MemoryReranker(self.plain, self.reranker_folder, batch_tokens, **options)
+        """Return our reranker."""
         return RerankEngine(
-            self.reranker_folder, device=str(self.device), batch_tokens=batch_tokens, **options
+            self.reranker_folder, batch_tokens=batch_tokens, **self._weights(), **options
         )
+
+    def _weights(self) -> dict[str, Any]:
+        """Return what makes an engine take the folder's weights, as users do, where it has some."""
+        if self.on_disk:
+            return {"device": str(self.device)}
+        return {"model": packed_form(self.plain)}
 
 
 def make_bed(shape: Shape, device: torch.device, scratch: Path) -> Bed:

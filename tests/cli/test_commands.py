@@ -47,6 +47,19 @@ def test_the_demo_answers_every_query_rightly(demo):
     assert "2 CorruptMediaError" in printed
 
 
+def test_the_demo_writes_a_gallery_and_says_what_it_counted(demo):
+    folder, printed = demo
+    counted = re.search(r"first hit right: (\d of 7 by search, \d after reranking)", printed)[1]
+    assert str(folder.resolve() / "qvl-demo/gallery.html") in printed
+    page = (folder / "qvl-demo/gallery.html").read_text()
+    assert counted in page
+    assert page.count("<article>") == 10 * len(DEMO_QUERIES)
+    assert page.count('src="data:image/jpeg;base64,') > 7 * len(DEMO_QUERIES)
+    assert 'class="stage reason"' not in page
+    for words in ("Page 2 of 6", "Video · 4 s", "→ 1st", *(query.text for query in DEMO_QUERIES)):
+        assert words in page
+
+
 def test_the_demo_can_be_run_again_and_embeds_nothing(demo):
     folder, _ = demo
     again = run("demo", cwd=folder)

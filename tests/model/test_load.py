@@ -110,7 +110,11 @@ def test_unknown_weights_are_refused_but_a_head_is_not(checkpoint_copy):
 def test_weights_of_another_shape_are_refused(checkpoint_copy):
     name = "model.language_model.norm.weight"
     change_weights(checkpoint_copy, lambda weights: weights.update({name: torch.ones(65)}))
-    with pytest.raises(ModelError):
+    words = (
+        r"1 of another shape \(language_model\.norm\.weight is \(65,\) in the file, "
+        r"config\.json asks for \(64,\)\).*from one checkpoint"
+    )
+    with pytest.raises(ModelError, match=words):
         load(checkpoint_copy)
 
 
