@@ -12,6 +12,9 @@ import pyarrow.compute as pc
 
 OFFSET = "_rowoffset"
 _SCAN_ROWS = 32_768
+# A row taken costs about 9 CPU-us, a row of 1 KB scanned 0.5; on an object store the rows taken are
+# requests.
+_TAKEN_AS_ROWS_SCANNED = 16
 
 
 class TableRows:
@@ -50,6 +53,25 @@ class TableRows:
             return self.dataset.take(offsets, columns=list(columns))
         places = np.searchsorted(self._held[OFFSET].to_numpy().astype(np.int64), offsets)
         return self._held.select(list(columns)).take(pa.array(places))
+
+    def taken(
+        self, offsets: npt.NDArray[np.int64], columns: Sequence[str], at_once: int
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """Yield the rows at rising offsets in parts, each with the position of its first row.
+
+        Args:
+            at_once: Most rows of a part, unless the scan yields more.
+        """
+        dense = len(offsets) * _TAKEN_AS_ROWS_SCANNED >= self.dataset.count_rows()
+        if self._held is not None or not dense:
+            for start in range(0, len(offsets), at_once):
+                yield start, self.take(offsets[start : start + at_once], columns)
+            return
+        for here, batch in TableRows(self.dataset).batches(columns, None):
+            start, end = np.searchsorted(offsets, [here[0], here[-1] + 1])
+            if end > start:
+                places = np.searchsorted(here, offsets[start:end])
+                yield int(start), pa.Table.from_batches([batch.take(pa.array(places))])
 
     def _read(self, where: pc.Expression | None) -> pa.Table:
         if self._held is None:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,13 @@ class Bed:
     queries: Vectors
     truth: dict[str, Ids]
 
+    # Open tables hold their metadata and index, as a reader's do.
+    opened: dict[str, lance.LanceDataset] = field(default_factory=dict)
+
     def table(self, name: str) -> lance.LanceDataset:
-        return lance.dataset(str(self.folder / f"{name}.lance"))
+        if name not in self.opened:
+            self.opened[name] = lance.dataset(str(self.folder / f"{name}.lance"))
+        return self.opened[name]
 
     def bytes_a_row(self, name: str, *, indexed: bool) -> float:
         path = self.folder / f"{name}.lance"
