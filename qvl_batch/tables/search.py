@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from qvl_batch.errors import ConfigError
 from qvl_batch.tables import nearest
-from qvl_batch.tables.merging import Pairs, limited, merged_hits
+from qvl_batch.tables.merging import Pairs, limited, merged_hits, tied
 from qvl_batch.tables.nearest import Near
 from qvl_batch.tables.store import storage_error
 from qvl_batch.tables.table_rows import TableRows
@@ -187,10 +187,6 @@ class _Table:
         return cls(name, dataset, dim, has_bits, rescored, nprobes, TableRows(dataset))
 
     @property
-    def scored_columns(self) -> list[str]:
-        return ["row_id", *nearest.vector_columns(self.dataset)]
-
-    @property
     def scored_bytes(self) -> int:
         """Return the size of all its vectors, about."""
         return (
@@ -201,7 +197,7 @@ class _Table:
 
     def held(self) -> _Table:
         """Return the table with all of its vectors read by the scan."""
-        columns = ["vector_bits", *self.scored_columns]
+        columns = ["row_id", "vector_bits", *nearest.vector_columns(self.dataset)]
         return replace(self, rows=TableRows(self.dataset, columns))
 
     def check_columns(self, wanted: Sequence[str]) -> None:
@@ -232,24 +228,29 @@ class _Table:
         scores = (2 * near.key.astype(np.float64) / self.dim - 1).astype(np.float32)
         return Near(near.query, scores, near.offset)
 
-    def detailed(self, near: Near, queries: npt.NDArray[np.float32]) -> Pairs:
-        """Read the rows of these candidates: their ids, and their scores by the vectors."""
-        columns = self.scored_columns if self.rescored else ["row_id"]
+    def scored(self, near: Near, queries: npt.NDArray[np.float32]) -> Pairs:
+        """Return the candidates' scores, by the vectors of their rows if they are to be read."""
+        if not self.rescored:
+            return Pairs(near, -near.key)
         offsets, row = np.unique(near.offset, return_inverse=True)
-        scores = np.empty(len(row), np.float32) if self.rescored else -near.key
-        row_ids = []
+        scores = np.empty(len(row), np.float32)
+        columns = nearest.vector_columns(self.dataset)
         at_once = max(1, _TAKE_BYTES // (4 * self.dim))
         for start, rows in self.rows.taken(offsets, columns, at_once):
-            row_ids.extend(rows["row_id"].chunks)
-            if self.rescored:
-                pairs = np.flatnonzero((row >= start) & (row < start + rows.num_rows))
-                vectors = nearest.Vectors.of(rows)
-                for query, of_query in _runs(near.query[pairs]):
-                    chosen = pairs[of_query]
-                    scored = vectors.take(row[chosen] - start).scores(queries[query])
-                    scores[chosen] = scored
-        ids = pa.chunked_array(row_ids, pa.string()).combine_chunks()
-        return Pairs(near, scores, ids.take(pa.array(row)))
+            pairs = np.flatnonzero((row >= start) & (row < start + rows.num_rows))
+            vectors = nearest.Vectors.of(rows)
+            for query, of_query in _runs(near.query[pairs]):
+                chosen = pairs[of_query]
+                scores[chosen] = vectors.take(row[chosen] - start).scores(queries[query])
+        return Pairs(near, scores)
+
+    def row_ids(self, offsets: npt.NDArray[np.int64]) -> pa.StringArray:
+        """Return the ids of these rows, in this order."""
+        if not len(offsets):
+            return pa.array([], pa.string())
+        distinct, row = np.unique(offsets, return_inverse=True)
+        ids = self.rows.take(distinct, ["row_id"])["row_id"].combine_chunks()
+        return ids.take(pa.array(row))
 
     def shown(self, offsets: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Return these rows' columns, in this order."""
@@ -269,9 +270,15 @@ def _search(
     hit = [(table, rows) for table, rows in zip(tables, near, strict=True) if len(rows.query)]
     if not hit:
         return _result_schema(tables, asked.columns).empty_table()
-    pairs = _each(pool, lambda one: one[0].detailed(one[1], queries), hit)
+    pairs = _each(pool, lambda one: one[0].scored(one[1], queries), hit)
     in_shortlist = [table.in_shortlist for table, _ in hit]
-    merged = merged_hits(pairs, in_shortlist, shortlist=asked.shortlist, top_k=asked.top_k)
+    # A row's id costs as much to read as its vector, and few rows need one before they are hits.
+    needed = tied(pairs, in_shortlist, asked.shortlist)
+    offsets = [one.near.offset[rows] for one, rows in zip(pairs, needed, strict=True)]
+    row_ids = _each(pool, lambda i: hit[i][0].row_ids(offsets[i]), range(len(hit)))
+    merged = merged_hits(
+        pairs, in_shortlist, row_ids, needed, shortlist=asked.shortlist, top_k=asked.top_k
+    )
     by_table = [
         (hit[number][0], np.flatnonzero(merged.table == number))
         for number in np.unique(merged.table)

@@ -36,7 +36,7 @@ from tests.bench.vectors import Source, Vectors, size_bytes, write_table
 DIM = 1024
 TOP_K = 10
 LEAST_SHARE = 0.99
-LADDER = ((50, 100, 200, 400), (1, 2, 4, 8, 16, 32))
+LADDER = ((50, 100, 200, 300, 400), (1, 2, 4, 8, 16))
 # What refines the quantised index best for its cost (measured at 100,000 rows).
 RQ_NPROBES, RQ_REFINE = 24, 5
 
