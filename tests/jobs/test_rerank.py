@@ -336,7 +336,7 @@ def test_given_candidates_are_scored_as_they_are(make_run, vectors, tmp_path):
     pq.write_table(pa.table(columns), path)
     settings = f"input.candidates={path}"
     report = run_rerank(run.config(settings))
-    assert report.pairs_scored == 2
+    assert (report.pairs_scored, report.candidates_missing, report.queries_failed) == (2, 1, 1)
     # The unknown row, and the query that was given nothing.
     assert report.failures_by_reason == {"MissingRowError": 1, "NoCandidatesError": 1}
     scored = run.rows().sort_by("rank_before")
