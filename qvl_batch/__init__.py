@@ -1,7 +1,7 @@
 """Turn a bucket of media into searchable, quantised Qwen3-VL vectors, on a Ray cluster.
 
-Importing this package loads neither torch, ray, lance nor a decoder: `Embedder` and `Reranker` are
-imported when they are first asked for.
+Importing this package loads neither torch, ray, lance nor a decoder: `Embedder`, `Reranker` and
+`connect` are imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvl_batch.api.connect import connect
     from qvl_batch.api.embedder import Embedder
     from qvl_batch.api.reranker import Reranker
 
 __version__ = "0.1.0"
 
-__all__ = ["Embedder", "Reranker", "__version__"]
+__all__ = ["Embedder", "Reranker", "__version__", "connect"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from qvl_batch.api.reranker import Reranker
 
         return Reranker
+    if name == "connect":
+        from qvl_batch.api.connect import connect
+
+        return connect
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

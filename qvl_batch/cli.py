@@ -32,6 +32,12 @@ EndpointUrl = Annotated[
 Region = Annotated[str | None, typer.Option(help="S3 region.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+Root = Annotated[str, typer.Argument(help="output.root of the runs.")]
+Collection = Annotated[str | None, typer.Option(help="Only the tables of this one.")]
+Where = Annotated[
+    list[str] | None, typer.Option(help="Only these partitions: --where 'dt>=2026-01-01'.")
+]
+
 
 @app.callback(invoke_without_command=True)
 def _version(
@@ -150,7 +156,7 @@ def rerank(
 
 @app.command()
 def verify(
-    root: Annotated[str, typer.Argument(help="output.root of the runs.")],
+    root: Root,
     manifest: Annotated[str | None, typer.Option(help="The manifest that was embedded.")] = None,
     collection: Annotated[str | None, typer.Option(help="Where the root holds several.")] = None,
     partition_by: Annotated[
@@ -172,6 +178,203 @@ def verify(
     )
     print(report.to_json() if json else report)
     raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command()
+def search(
+    root: Root,
+    text: Annotated[str | None, typer.Argument(help="What is asked, in words.")] = None,
+    image: Annotated[str | None, typer.Option(help="Picture: a path or an address.")] = None,
+    video: Annotated[str | None, typer.Option(help="Clip: a path or an address.")] = None,
+    like: Annotated[str | None, typer.Option(help="More like this row_id.")] = None,
+    collection: Annotated[str | None, typer.Option(help="Or an alias.")] = None,
+    partition: Annotated[
+        list[str] | None, typer.Option(help="Only these tables: --partition dt=2026-01-01.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these rows: --where kind=image,video --where text~circle."),
+    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Further column in --json.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many hits.")] = 10,
+    rerank: Annotated[
+        str | None, typer.Option(help="Reranking checkpoint that looks at the hits again.")
+    ] = None,
+    rerank_top: Annotated[int, typer.Option(min=1, help="How many hits it looks at.")] = 100,
+    model: Annotated[
+        str | None, typer.Option(help="Where the checkpoint of the tables lies here.")
+    ] = None,
+    json: Json = False,
+    html: Annotated[str | None, typer.Option(help="Also write a page with the media.")] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Search the tables by text, picture, clip, a mix of them, or a row."""
+    from qvl_batch.api.connect import connect
+    from qvl_batch.api.search_command import SearchRequest, run_search
+
+    request = SearchRequest(
+        text=text,
+        image=image,
+        video=video,
+        like=like,
+        partitions=partition or (),
+        where=where or (),
+        columns=column or (),
+        top_k=top_k,
+        rerank=rerank,
+        rerank_top=rerank_top,
+    )
+    storage = Storage.of(endpoint_url=endpoint_url, region=region)
+    with connect(root, storage=storage, model=model) as tables:
+        run_search(tables, collection, request, as_json=json, html=html, storage=storage)
+
+
+@app.command()
+def alias(
+    root: Root,
+    name: Annotated[str | None, typer.Argument(help="The alias.")] = None,
+    collection: Annotated[str | None, typer.Argument(help="What it stands for from now.")] = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """List the aliases, or let one stand for a collection in one commit."""
+    from qvl_batch.api.connect import connect
+
+    tables = connect(root, storage=Storage.of(endpoint_url=endpoint_url, region=region))
+    if name is not None and collection is None:
+        raise ConfigError(f"What shall {name!r} stand for?", "Give ROOT ALIAS COLLECTION.")
+    if name is not None and collection is not None:
+        before = tables.aliases().get(name)
+        tables.switch_alias(name, collection)
+        print(f"{name}: {collection}" + (f" (was {before})" if before else ""))
+        return
+    for known, stands_for in tables.aliases().items():
+        print(f"{known}: {stands_for}")
+
+
+@app.command()
+def compare(
+    root: Root,
+    first: Annotated[str, typer.Argument(help="A collection or an alias.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
+    queries: Annotated[str, typer.Option(help="JSONL, CSV or Parquet: text, image or video.")],
+    relevance: Annotated[
+        str | None, typer.Option(help="Labels: query_id, relevance, and row_id, media_id or uri.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many hits are compared.")] = 10,
+    json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Ask two collections the same: how far they agree, and with labels which is better."""
+    from rich.console import Console
+
+    from qvl_batch.api.compare_collections import compare_lists
+    from qvl_batch.api.connect import connect
+
+    storage = Storage.of(endpoint_url=endpoint_url, region=region)
+    with connect(root, storage=storage) as tables:
+        found = compare_lists(
+            tables, first, second, queries, relevance, top_k=top_k, storage=storage
+        )
+    if json:
+        print(found.to_json())
+    else:
+        Console().print(found.table())
+
+
+@app.command()
+def index(
+    root: Root,
+    collection: Collection = None,
+    where: Where = None,
+    recall: Annotated[
+        float, typer.Option(help="Least share of the exhaustive top 10 that an index must find.")
+    ] = 0.99,
+    max_nprobes: Annotated[
+        int | None, typer.Option(help="Most lists that a query may read; without it a quarter.")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="Work here, without Ray.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster (or RAY_ADDRESS); a local one without it.")
+    ] = None,
+    json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Build or refresh the indexes of tables; publish those whose measured recall suffices."""
+    from qvl_batch.jobs.index import run_index
+    from qvl_batch.tables.index import IndexRules
+
+    report = run_index(
+        root,
+        Storage.of(endpoint_url=endpoint_url, region=region),
+        collection=collection,
+        where=where or [],
+        rules=IndexRules(recall=recall, max_nprobes=max_nprobes),
+        local=local,
+        address=address,
+        echo=_nowhere if json else print,
+    )
+    print(report.to_json() if json else report)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def compact(
+    root: Root,
+    collection: Collection = None,
+    where: Where = None,
+    steal: Annotated[
+        bool, typer.Option("--steal", help="Take a table from a killed run at once.")
+    ] = False,
+    json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Write many small files of a table anew as few large ones; its rows and indexes stay."""
+    from qvl_batch.jobs.maintenance import run_compact
+
+    report = run_compact(
+        root,
+        Storage.of(endpoint_url=endpoint_url, region=region),
+        collection=collection,
+        where=where or [],
+        steal=steal,
+        echo=_nowhere if json else print,
+    )
+    print(report.to_json() if json else report)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def gc(
+    root: Root,
+    older_than: Annotated[
+        str, typer.Option(help="Longer than any run takes: 7d, 36h; at least 1h.")
+    ] = "7d",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    json: Json = False,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+) -> None:
+    """Remove old versions of tables, and files that no version refers to."""
+    from qvl_batch.jobs.maintenance import parse_age, run_gc
+
+    report = run_gc(
+        root,
+        Storage.of(endpoint_url=endpoint_url, region=region),
+        older_than=parse_age(older_than),
+        dry_run=dry_run,
+        echo=_nowhere if json else print,
+    )
+    print(report.to_json() if json else report)
+    raise typer.Exit(report.exit_code)
+
+
+def _nowhere(_: str) -> None:
+    """Take a line for a person where only JSON is wanted."""
 
 
 @app.command()

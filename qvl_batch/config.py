@@ -39,7 +39,11 @@ class OutputSection(Section):
     partition_by: list[str] | None = Field(
         None, description="Manifest columns that select a table; null: as the manifest states"
     )
-    mode: Literal["append"] = Field("append", description="append: skip done units, add the rest")
+    mode: Literal["append", "upsert", "replace"] = Field(
+        "append",
+        description="append: skip done units, add the rest; upsert: so, and changed media replace "
+        "their old rows; replace: a partition's whole content is made anew and published at once",
+    )
 
 
 class ModelSection(Section):
@@ -140,6 +144,9 @@ class PoolsSection(Section):
 
 class CommitSection(Section):
     interval_s: float = Field(60.0, gt=0, description="A kill loses at most this much work")
+    lease_ttl_s: float = Field(
+        60.0, ge=5, description="A run that was silent for so long may be taken over"
+    )
     fragment_bytes: int = Field(8 * 2**20, ge=2**16, description="Write a fragment at this size")
 
 
@@ -151,6 +158,12 @@ class LimitsSection(Section):
         100, ge=1, description="Units to finish before the failure rate counts"
     )
     max_attempts: int = Field(3, ge=1, description="Runs that may retry a passing failure")
+    max_worker_deaths: int = Field(
+        3, ge=2, description="Workers that may die on a unit before it counts as failed"
+    )
+    no_progress_s: float = Field(
+        1800.0, gt=0, description="A run that delivers nothing for so long ends"
+    )
     decode_timeout_s: float = Field(120.0, gt=0, description="Decoding of one unit")
     decode_memory_bytes: int = Field(2 * 2**30, ge=2**28, description="Of one decoding process")
     max_object_bytes: int = Field(4 * 2**30, ge=1, description="Larger objects fail")

@@ -29,6 +29,8 @@ from qvl_batch.storage import Storage
 if TYPE_CHECKING:
     import fsspec
 
+    from tests.embedded_root import EmbeddedRoot
+
 S3_DIR = Path(__file__).parent / "s3"
 # What a marked test needs on PATH, and the Debian packages that bring it.
 PROGRAMS = {
@@ -206,6 +208,14 @@ def real_bucket(rgw: Server) -> Iterator[Bucket]:
 def any_bucket(request: pytest.FixtureRequest) -> Iterator[Bucket]:
     with new_bucket(request.getfixturevalue(request.param)) as new:
         yield new
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> EmbeddedRoot:
+    """The shipped corpus embedded once, for tests that only read; see `tests.embedded_root`."""
+    from tests.embedded_root import embed_corpus
+
+    return embed_corpus(tmp_path_factory.mktemp("embedded"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

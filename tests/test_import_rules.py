@@ -24,6 +24,9 @@ ROOMS = {"media", "model", "tables", "jobs", "api", "demo"}
 # What starts the program; nothing else may import it.
 ENTRIES = {"cli", "__main__"}
 
+# What a user imports on purpose, beside the package itself; nothing else may import it.
+DOORS = {"lancedb"}
+
 # Which other rooms a room may enter; the shared modules at the top level enter none.
 MAY_ENTER: dict[str, set[str]] = {
     "media": set(),
@@ -35,13 +38,14 @@ MAY_ENTER: dict[str, set[str]] = {
     "demo": {"media", "model", "tables", "jobs", "api"},
     "cli": ROOMS,
     "__main__": {"cli"},
+    "lancedb": {"api"},
     # What a notebook holds, imported when it is asked for.
     "__init__": {"api"},
 }
 # Where a room may enter another by these modules alone.
 ONLY = {("jobs", "api"): {"parity", "certificate"}}
 # The package's own names that are imported from api when they are asked for.
-EXPORTED = {"Embedder", "Reranker"}
+EXPORTED = {"Embedder", "Reranker", "connect"}
 
 # The only rooms that may import a third-party package; an unnamed package is free.
 OWNERS: dict[str, set[str]] = {
@@ -148,7 +152,7 @@ def problem_of(place: str, found: Import) -> str | None:
     other = rest[0] if rest else ""
     if other in EXPORTED:
         return f"{place} imports {other} by its public name instead of from api"
-    if other not in ROOMS | ENTRIES or other == place:
+    if other not in ROOMS | ENTRIES | DOORS or other == place:
         return None
     if other not in MAY_ENTER.get(place, set()):
         return f"{place} imports {other}"
@@ -213,6 +217,9 @@ def test_every_directory_of_the_package_is_a_room():
         ("__init__.py", "from qvl_batch.api.embedder import Embedder", "when it starts"),
         ("__init__.py", "def f():\n    import qvl_batch.jobs.embed", "__init__ imports jobs"),
         ("other/a.py", "import qvl_batch.media", "other imports media"),
+        ("jobs/a.py", "import qvl_batch.lancedb", "jobs imports lancedb"),
+        ("lancedb.py", "from qvl_batch.tables import search", "lancedb imports tables"),
+        ("lancedb.py", "import lancedb", "lancedb imports lancedb"),
     ],
 )
 def test_the_checker_finds(tmp_path, module, source, problem):
@@ -241,6 +248,7 @@ def test_the_checker_allows_what_the_design_allows(tmp_path):
         "cli.py": "import typer\nif TYPE_CHECKING:\n    from qvl_batch.jobs import b\n"
         "def demo():\n    from qvl_batch import demo, jobs",
         "__main__.py": "from qvl_batch.cli import main",
+        "lancedb.py": "from qvl_batch.api.lancedb_plugins import Int8Rescorer",
         "storage.py": "import fsspec\nfrom qvl_batch.errors import StorageError",
     }
     for module, source in allowed.items():
@@ -265,10 +273,17 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_shared_modules_load_nothing_that_a_room_owns():
-    names = [path.stem for path in ROOT.glob("*.py") if path.stem not in {"__init__", *ENTRIES}]
+    apart = {"__init__", *ENTRIES, *DOORS}
+    names = [path.stem for path in ROOT.glob("*.py") if path.stem not in apart]
     assert "schema" in names
     loaded = loaded_by("\n".join(f"import {PACKAGE}.{name}" for name in names))
     assert loaded & set(OWNERS) == set()
+
+
+def test_the_lancedb_plug_ins_load_no_model():
+    loaded = loaded_by(f"import {PACKAGE}.lancedb")
+    assert "lancedb" in loaded
+    assert loaded & {"torch", "transformers", "ray", "av", "PIL"} == set()
 
 
 def test_starting_the_command_loads_nothing_that_a_room_owns():

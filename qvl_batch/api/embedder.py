@@ -176,6 +176,23 @@ class Embedder:
             raise named(result.failures[0], "query")
         return np.array(result.columns["vector"][0], np.float32)
 
+    def embed_queries(
+        self, queries: Iterable[object], *, instruction: str | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the vectors of queries, float32 of shape ``(queries, dim)``; see `embed_query`.
+
+        Raises:
+            InputError, UnitError: As `embed`; the first query that fails raises its error.
+        """
+        return self.embed(
+            [
+                dataclasses.replace(
+                    item, instruction=instruction or item.instruction or self.query_instruction
+                )
+                for item in parse_items(queries, "query")
+            ]
+        )
+
     def close(self) -> None:
         """End the decoding child. The embedder may be used again; it then starts another."""
         self._reader.close()

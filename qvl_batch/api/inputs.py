@@ -9,6 +9,7 @@ item                   becomes
 Pillow image           an image
 uint8 array            an image ``(height, width, 3)``, or frames ``(frames, height, width, 3)``
 mapping                any of the keys below
+`Item`                 itself
 =====================  ==========================================================================
 
 Keys of a mapping: ``text`` and ``image`` are one value or a list of values, an image being a path,
@@ -46,16 +47,30 @@ class Medium:
 
     ``value`` is a uri, bytes, a picture, or a tuple of those for a list of frames; ``kind`` is
     ``mixed`` where the first bytes tell an image from a video. ``name`` stands for it in messages.
+    A medium that a table names also has what the table says of it: the ``etag`` it must still
+    have, the range of bytes where it lies, and which ``segment`` of ``segment_s`` seconds of a
+    video is meant (None: all of it).
     """
 
     kind: Kind
     value: Any
     name: str
     page: int | None = None
+    etag: str | None = None
+    byte_offset: int | None = None
+    byte_length: int | None = None
+    segment: int | None = None
+    segment_s: float | None = None
 
     @property
     def is_frame_list(self) -> bool:
         return isinstance(self.value, tuple)
+
+    @property
+    def listed(self) -> dict[str, Any]:
+        """What `Fetcher.fetch` is told of it beside its address."""
+        names = ("etag", "byte_offset", "byte_length")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +90,8 @@ def parse_item(value: object) -> Item:
     Raises:
         InputError: If it is of no such form, saying what is wrong and what would be right.
     """
+    if isinstance(value, Item):
+        return value
     if isinstance(value, str):
         return Item(texts=(value,))
     if isinstance(value, Mapping):

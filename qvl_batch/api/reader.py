@@ -126,14 +126,14 @@ class ItemReader:
         if medium.is_frame_list:
             with self._source(first, medium.name) as source:
                 return _Opened(medium, self._header(source, "image"))
-        source = sources.enter_context(self._source(medium.value, medium.name))
+        source = sources.enter_context(self._source(medium.value, medium.name, **medium.listed))
         header = self._header(source, medium.kind)
         return _Opened(medium, header, source=source)
 
-    def _source(self, value: str | bytes, name: str) -> Source:
+    def _source(self, value: str | bytes, name: str, **listed: Any) -> Source:
         if isinstance(value, bytes):
             return Source(name, len(value), data=value)
-        return self._fetcher.fetch(value)
+        return self._fetcher.fetch(value, **listed)
 
     def _header(self, source: Source, kind: Any) -> Header:
         self._current = None
@@ -166,9 +166,15 @@ class ItemReader:
                 return self._plan_list(one, item, total_px)
             if header.kind == "video":
                 budget = VideoBudget(**vars(self._video) | {"total_px": total_px})
-                return plan_video(
-                    header, budget, _NO_LIMIT, fps=item.fps, max_frames=item.max_frames
-                )[0]
+                plans = plan_video(
+                    header,
+                    budget,
+                    _NO_LIMIT,
+                    segment_s=medium.segment_s,
+                    fps=item.fps,
+                    max_frames=item.max_frames,
+                )
+                return plans[self._segment(medium, len(plans))]
             if header.kind == "document":
                 return plan_document(header, self._document)[self._page(medium, header)]
             return plan_image(header, self._image)
@@ -188,6 +194,14 @@ class ItemReader:
             fps=item.fps or self._video.fps,
             max_frames=item.max_frames or self._video.max_frames,
         )
+
+    def _segment(self, medium: Medium, segments: int) -> int:
+        segment = medium.segment or 0
+        if segment >= segments:
+            raise LimitExceededError(
+                medium.name, f"there is no segment {segment}: it has {segments}"
+            )
+        return segment
 
     def _page(self, medium: Medium, header: Header) -> int:
         pages = len(header.page_sizes_px)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from qvl_batch import crash
 from qvl_batch.errors import InvariantBrokenError, TooManyFailuresError
 from qvl_batch.jobs.stages import Written
 
@@ -37,7 +38,15 @@ class Writes(Protocol):
 class Tables(Protocol):
     """Where commits go."""
 
-    def append(self, table: str, fragments: Sequence[Mapping[str, Any]], marker: str) -> None: ...
+    def append(
+        self,
+        table: str,
+        fragments: Sequence[Mapping[str, Any]],
+        marker: str,
+        ordinals: npt.NDArray[np.int64],
+    ) -> None:
+        """Commit fragments; ``ordinals`` are what they are about."""
+        ...
 
     def append_failures(self, rows: pa.Table, marker: str) -> None: ...
 
@@ -103,6 +112,7 @@ class CommitLoop:
         self._group_bytes = 0
         self._writing: dict[object, _Group] = {}
         self._fragments: dict[str, list[Mapping[str, Any]]] = {}
+        self._ordinals: dict[str, list[npt.NDArray[np.int64]]] = {}
         self._failures: list[pa.Table] = []
         self._uncommitted = Counts()
         self._last_commit_s = clock()
@@ -211,6 +221,7 @@ class CommitLoop:
         self._received[written.ordinals] = True
         for table, fragments in written.fragments.items():
             self._fragments.setdefault(table, []).extend(fragments)
+            self._ordinals.setdefault(table, []).append(written.done.get(table, written.ordinals))
         if written.failures.num_rows:
             self._failures.append(written.failures)
         self._uncommitted.embedded += written.num_units
@@ -227,10 +238,13 @@ class CommitLoop:
     def _commit(self) -> None:
         # Rows first: a unit that is in a table is done whatever the failures say.
         for table, fragments in sorted(self._fragments.items()):
-            self._tables.append(table, fragments, self._marker())
+            ordinals = np.concatenate(self._ordinals[table])
+            self._tables.append(table, fragments, self._marker(), ordinals)
+            crash.reached("between-partitions")
             files = [file for fragment in fragments for file in fragment["files"]]
             self.known_files.setdefault(table, []).extend(files)
         if self._failures:
+            crash.reached("before-failures")
             rows = pa.concat_tables(self._failures)
             self._tables.append_failures(rows, self._marker())
             for reason in rows["error_type"].to_pylist():
@@ -244,7 +258,7 @@ class CommitLoop:
         self.counts.rows += done.rows
         self.counts.tokens += done.tokens
         self.counts.work.update(done.work)
-        self._fragments, self._failures = {}, []
+        self._fragments, self._ordinals, self._failures = {}, {}, []
         self._awaited = None
         self._last_commit_s = self._clock()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,17 @@ class RunControl:
         self._stopping = False
         self._begun: set[int] = set()
         self._error: QvlError | None = None
+        self._open: collections.Counter[tuple[str, int, bool]] = collections.Counter()
+
+    def begin(self, stage: str, ordinal: int, alone: bool) -> int:
+        """See `deaths.Attempts`."""
+        before = self._open[stage, ordinal, alone]
+        self._open[stage, ordinal, alone] += 1
+        return before
+
+    def end(self, stage: str, ordinal: int, alone: bool) -> None:
+        """See `deaths.Attempts`."""
+        self._open.pop((stage, ordinal, alone), None)
 
     def report(self, error: QvlError) -> None:
         """Keep what a worker can not go on with: Ray Data passes on its text alone."""
@@ -47,6 +59,19 @@ class MayStart:
 
     def __call__(self, ordinal: int) -> bool:
         return ray.get(self.control.may_start.remote(ordinal))
+
+
+@dataclass(frozen=True)
+class ControlAttempts:
+    """`deaths.Attempts` kept by the control actor."""
+
+    control: Any
+
+    def begin(self, stage: str, ordinal: int, alone: bool) -> int:
+        return ray.get(self.control.begin.remote(stage, ordinal, alone))
+
+    def end(self, stage: str, ordinal: int, alone: bool) -> None:
+        ray.get(self.control.end.remote(stage, ordinal, alone))
 
 
 @dataclass(frozen=True)

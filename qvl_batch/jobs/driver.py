@@ -17,12 +17,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from qvl_batch.config import CommitSection, LimitsSection
-from qvl_batch.errors import InvariantBrokenError
-from qvl_batch.jobs.commit_loop import CommitLoop
+from qvl_batch.errors import InvariantBrokenError, RunFailedError
+from qvl_batch.jobs.commit_loop import CommitLoop, Tables
 from qvl_batch.jobs.control import RunControl, cause_of
+from qvl_batch.jobs.modes import Appending, Target
 from qvl_batch.jobs.progress import Progress
 from qvl_batch.jobs.stages import Written
-from qvl_batch.tables.commit import append, append_failures
 from qvl_batch.tables.store import TableStore
 
 EXIT_OF_SIGNAL = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -52,6 +52,8 @@ class Work:
         planned_versions: Their versions when the work was planned; a table that is not named here
             is created before the first write.
         name: Names the ordinal for a person.
+        commits: Where what is written goes: see `jobs.modes`; None: it is added to the tables.
+        make_ready: Called once, when the tables are there and before the first write.
     """
 
     run_id: str
@@ -68,12 +70,15 @@ class Work:
     commit: CommitSection
     limits: LimitsSection
     write_tasks: int
+    commits: Tables | None = None
+    make_ready: Callable[[], None] = lambda: None
 
     def create_tables(self) -> None:
         """Create the tables that get their first rows: workers only write files."""
         names = [name for name in self.schemas if name not in self.planned_versions]
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda name: self.store.create(name, self.schemas[name]), names))
+        self.make_ready()
 
 
 class _RayWrites:
@@ -102,25 +107,8 @@ def _write_group(stage: WriteStage, exclude: frozenset[int], *blocks: pa.Table) 
     return stage(blocks, exclude)
 
 
-class _Commits:
-    """`commit_loop.Tables` through the tables room."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    def append(self, table: str, fragments: Sequence[Mapping[str, Any]], marker: str) -> None:
-        append(
-            self._work.store,
-            table,
-            fragments,
-            marker=marker,
-            run_id=self._work.run_id,
-            # A table that the plan did not find begins with version 1, which is empty.
-            planned_version=self._work.planned_versions.get(table, 1),
-        )
-
-    def append_failures(self, rows: pa.Table, marker: str) -> None:
-        append_failures(self._work.store, rows, marker=marker, run_id=self._work.run_id)
+def _target(work: Work) -> Target:
+    return Target(store=work.store, run_id=work.run_id, planned_versions=work.planned_versions)
 
 
 class Run:
@@ -135,7 +123,7 @@ class Run:
             num_units=work.num_ordinals,
             # Not earlier: a model that does not load must leave no empty tables behind.
             writes=_RayWrites(work.write, before_first=work.create_tables),
-            tables=_Commits(work),
+            tables=work.commits or Appending(_target(work)),
             run_id=work.markers,
             interval_s=work.commit.interval_s,
             fragment_bytes=work.commit.fragment_bytes,
@@ -185,6 +173,7 @@ class Run:
         """Feed the loop until the last block; return False if a signal ended it earlier."""
         begun: list[int] | None = None
         stop_at_s = 0.0
+        moved_s = time.monotonic()
         while True:
             item = self._next_block()
             if item is None:
@@ -193,6 +182,14 @@ class Run:
                 raise ray.get(self._control.error.remote()) or cause_of(item) from item
             if item is not _NOTHING_YET:
                 self.loop.add(*item)
+                moved_s = time.monotonic()
+            elif time.monotonic() - moved_s > self._work.limits.no_progress_s:
+                self.loop.finish()
+                raise RunFailedError(
+                    f"Nothing came for {self._work.limits.no_progress_s:g} s "
+                    "(limits.no_progress_s). What is done is committed; look at the cluster's "
+                    "nodes and logs, then run this again."
+                )
             self.loop.poll()
             self._progress.update(self.loop.counts)
             if self._signal is None:

@@ -73,6 +73,16 @@ class Units:
             .append_column("_table", tables.cast(pa.string()))
         )
 
+    def media_ids(self, positions: npt.NDArray[np.int64]) -> pa.Array:
+        """Return the media_ids of units."""
+        rows = self.manifest.rows.select(_IDENTITY[:4])
+        taken = self.rows[positions]
+        slices = [
+            pa.array(_media_ids(rows.take(pa.array(taken[start : start + _ROWS_A_SLICE]))))
+            for start in range(0, len(taken), _ROWS_A_SLICE)
+        ]
+        return pa.chunked_array(slices, pa.string()).combine_chunks()
+
     @cached_property
     def _by_table(self) -> npt.NDArray[np.int64]:
         return np.argsort(self.codes, kind="stable")

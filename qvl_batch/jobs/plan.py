@@ -19,6 +19,7 @@ from qvl_batch.jobs.identify import Units
 from qvl_batch.recipe import Recipe
 from qvl_batch.tables.layout import Partition, partition_json
 from qvl_batch.tables.ledger import Failures, done_units
+from qvl_batch.tables.staging import Staged
 from qvl_batch.tables.store import TableStore
 from qvl_batch.units import KINDS
 
@@ -106,9 +107,13 @@ def plan_units(
     retry_failed: bool,
     max_attempts: int,
     limit: int | None,
+    staged: Mapping[str, Staged] | None = None,
     on_table: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """Subtract what the tables hold, order the rest and number it.
+
+    With ``staged`` (one a table) it is what open replaces have finished that is subtracted, and
+    whatever the tables hold is made anew.
 
     The order is partition, kind, size: few partitions are open at once, and a batch holds units of
     like cost.
@@ -126,12 +131,19 @@ def plan_units(
         done = None
         if dataset is not None:
             versions[name] = dataset.version
+        if staged is not None:
+            done = staged[name].units
+        elif dataset is not None:
             done = done_units(dataset)
+        if done is not None:
             is_done = pc.is_in(ids, value_set=done)
             num_done += pc.sum(is_done).as_py() or 0
             keep = pc.invert(is_done)
             mine, ids = mine[keep.to_numpy(zero_copy_only=False)], ids.filter(keep)
         failed = failures.of(partition_json(partition), done)
+        if staged is not None:
+            # What failed before the replace began counts no more than what was done then.
+            failed = failed.filter(pc.is_in(failed["unit_id"], value_set=staged[name].failed))
         skip, retry = split_failed(failed, retry_failed=retry_failed, max_attempts=max_attempts)
         skipped = pc.is_in(ids, value_set=skip)
         num_failed += pc.sum(skipped).as_py() or 0

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qvl_batch import budget, schema
+from qvl_batch import budget, crash, schema
 from qvl_batch.errors import QvlError, UnitError
+from qvl_batch.jobs.deaths import Attempts, NoAttempts, run_carefully
 from qvl_batch.jobs.parts import Part, iter_parts, parts_array
 from qvl_batch.media.decoder import DecodeLimits, Decoder
 from qvl_batch.media.fetch import Fetcher, FetchLimits, FetchRequest, Source
@@ -55,6 +56,8 @@ class DecodeMedia:
         resize: Import path of the frame resize, called in the decoding process.
         load_counter: Gives the function that counts a prompt's tokens; called once.
         may_start: Asked with the first ordinal of a block; False once the run is stopping.
+        attempts: Knows on which blocks a worker has died.
+        max_deaths: Deaths of workers after which the unit they had at hand fails.
     """
 
     storage: Storage
@@ -64,6 +67,8 @@ class DecodeMedia:
     resize: str
     load_counter: Callable[[], CountTokens]
     may_start: Callable[[int], bool] = lambda _: True
+    attempts: Attempts = field(default_factory=NoAttempts)
+    max_deaths: int = 3
 
     def open(self) -> DecodingWorker:
         """Start the decoding process and whatever lives as long as an actor does."""
@@ -85,25 +90,14 @@ class DecodingWorker:
     def __call__(self, units: pa.Table) -> pa.Table:
         """Return `schema.decoded` of the units, in their order."""
         if units.num_rows and not self._stage.may_start(units["_ordinal"][0].as_py()):
-            outcomes: list[_Decoded] = [_Decoded(failure=NOT_STARTED)] * units.num_rows
-        else:
-            outcomes = list(self._decode_all(units))
-        texts = [
-            outcome.text if outcome.text is not None else given
-            for outcome, given in zip(outcomes, units["text"].to_pylist(), strict=True)
-        ]
-        place = units.column_names.index("text")
-        with_texts = units.set_column(place, units.schema.field("text"), pa.array(texts, "string"))
-        return (
-            with_texts.append_column(
-                pa.field("_parts", pa.list_(schema.PART)),
-                parts_array([outcome.parts for outcome in outcomes]),
-            )
-            .append_column(
-                pa.field("_failure", schema.FAILURE),
-                pa.array([outcome.failure for outcome in outcomes], schema.FAILURE),
-            )
-            .cast(schema.decoded(units.schema))
+            return _decoded(units, [_Decoded(failure=NOT_STARTED)] * units.num_rows)
+        return run_carefully(
+            units,
+            "decode",
+            lambda some: _decoded(some, list(self._decode_all(some))),
+            lambda unit, failure: _decoded(unit, [_Decoded(failure=failure)]),
+            self._stage.attempts,
+            self._stage.max_deaths,
         )
 
     def _decode_all(self, units: pa.Table) -> Iterator[_Decoded]:
@@ -134,6 +128,7 @@ class DecodingWorker:
 
     def _decode_one(self, row: Mapping[str, Any], source: Source) -> _Decoded:
         recipe = self._stage.recipe
+        crash.reached("mid-decode")
         try:
             header = self._decoder.open(source, row["kind"], dpi=recipe.document.dpi)
             if header.kind == "text":
@@ -164,14 +159,46 @@ class _Decoded:
     failure: Mapping[str, Any] | None = None
 
 
+def _decoded(units: pa.Table, outcomes: Sequence[_Decoded]) -> pa.Table:
+    """Return `schema.decoded` of units and what became of them."""
+    texts = [
+        outcome.text if outcome.text is not None else given
+        for outcome, given in zip(outcomes, units["text"].to_pylist(), strict=True)
+    ]
+    place = units.column_names.index("text")
+    with_texts = units.set_column(place, units.schema.field("text"), pa.array(texts, "string"))
+    return (
+        with_texts.append_column(
+            pa.field("_parts", pa.list_(schema.PART)),
+            parts_array([outcome.parts for outcome in outcomes]),
+        )
+        .append_column(
+            pa.field("_failure", schema.FAILURE),
+            pa.array([outcome.failure for outcome in outcomes], schema.FAILURE),
+        )
+        .cast(schema.decoded(units.schema))
+    )
+
+
 class EmbedMedia:
     """Frames and texts in, encoded vectors out; owns the engine.
 
     An error of ours while loading is raised at the first call: an actor that dies in its
     constructor reaches the driver as a death, without its reason.
+
+    Args:
+        load: Gives the engine.
+        attempts: Knows on which blocks a worker has died.
+        max_deaths: Deaths of workers after which the unit they had at hand fails.
     """
 
-    def __init__(self, load: Callable[[], Engine]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        attempts: Attempts = NoAttempts(),
+        max_deaths: int = 3,
+    ) -> None:
+        self._attempts, self._max_deaths = attempts, max_deaths
         self._broken: QvlError | None = None
         try:
             self._engine = load()
@@ -182,6 +209,12 @@ class EmbedMedia:
         """Return `schema.embedded` of the units, in their order."""
         if self._broken is not None:
             raise self._broken
+        return run_carefully(
+            decoded, "embed", self._embed, _not_embedded, self._attempts, self._max_deaths
+        )
+
+    def _embed(self, decoded: pa.Table) -> pa.Table:
+        crash.reached("mid-embed")
         units = decoded.drop_columns(["_parts", "_failure"])
         inputs, owners, parts = _inputs_of(decoded)
         result = self._engine.embed(inputs) if inputs else None
@@ -215,6 +248,17 @@ class EmbedMedia:
             .append_column(pa.field("_failure", schema.FAILURE), pa.array(failures, schema.FAILURE))
             .cast(schema.embedded(units.schema))
         )
+
+
+def _not_embedded(unit: pa.Table, failure: dict[str, Any]) -> pa.Table:
+    units = unit.drop_columns(["_parts", "_failure"])
+    return (
+        units.append_column(
+            pa.field("_rows", pa.list_(schema.ROW)), pa.array([[]], pa.list_(schema.ROW))
+        )
+        .append_column(pa.field("_failure", schema.FAILURE), pa.array([failure], schema.FAILURE))
+        .cast(schema.embedded(units.schema))
+    )
 
 
 def _payload(value: npt.NDArray[np.generic] | np.generic) -> bytes | float:
@@ -280,6 +324,7 @@ class WriteRows:
         units = units.filter(pc.invert(stopped))
         now = dt.datetime.now(dt.UTC)
         fragments: dict[str, list[dict[str, Any]]] = {}
+        done: dict[str, npt.NDArray[np.int64]] = {}
         failures = []
         num_rows = num_units = 0
         for name in units["_table"].unique().to_pylist():
@@ -287,6 +332,7 @@ class WriteRows:
             rows = explode(mine, self.schemas[name], run_id=self.run_id, embedded_at=now)
             if rows.num_rows:
                 fragments[name] = write_fragments(self.root, self.storage, name, rows)
+                done[name] = mine.filter(pc.is_null(mine["_failure"]))["_ordinal"].to_numpy()
                 num_rows += rows.num_rows
             lost = failure_rows(
                 mine,
@@ -305,6 +351,7 @@ class WriteRows:
             num_units=num_units,
             num_rows=num_rows,
             num_tokens=_total_tokens(units),
+            done=done,
         )
 
 
@@ -318,6 +365,7 @@ class Written:
     """What one group of blocks became: fragments by table, not yet visible, and failures.
 
     `ordinals` are all units of the group; those in `not_started` are neither done nor failed.
+    `done` has those whose rows are in a table's fragments; a table it does not name has them all.
     `work` counts what it took, by name.
     """
 
@@ -328,4 +376,5 @@ class Written:
     num_units: int
     num_rows: int
     num_tokens: int
+    done: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     work: Mapping[str, int] = field(default_factory=dict)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import lance
 import pyarrow as pa
 
+from qvl_batch import crash
 from qvl_batch.errors import QvlError, RunFailedError
 from qvl_batch.schema import CATALOG
 from qvl_batch.tables.fragments import data_path, sha256_of
@@ -37,42 +38,72 @@ def read(store: TableStore) -> pa.Table:
     return dataset.to_table().sort_by("table")
 
 
+def row_of(store: TableStore, name: str, columns: Sequence[str]) -> dict[str, Any] | None:
+    """Return these columns of a table's row; None if it is not in the catalog."""
+    return _catalogued(store, [name], columns).get(name)
+
+
 def refresh(
     store: TableStore,
     table_names: Iterable[str],
     known_files: Mapping[str, list[dict[str, Any]]],
     *,
-    run_id: str,
+    run_id: str | None,
+    indexes: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> None:
-    """Write the present state of these tables to the catalog; other tables' rows stay.
+    """Write the present state of these tables to the catalog, in one commit.
+
+    Other tables' rows stay. A published index stays published as long as the table has an index
+    of that name.
 
     Args:
         table_names: Partition tables. One that is not there is left out.
         known_files: For each table the records (`schema.DATA_FILE`) of files this run wrote, whose
             sha256 is known. Hashes in the catalog are kept; any other file is read and hashed, and
             marked ``recomputed``: its content when written was not seen.
-        run_id: Of the run that refreshes.
+        run_id: Of the run that refreshes; None keeps the one that is there.
+        indexes: What is to be published of some of these tables (`schema.INDEX_STATE`); None takes
+            a published index back.
 
     Raises:
         StorageError: If a table can not be read, or the catalog not be written.
     """
     names = sorted(set(table_names))
-    catalogued = _catalogued(store, names)
-    rows = []
+    catalogued = _catalogued(store, names, ["run_id", "files"])
+    rows, index_names = [], {}
     for name in names:
         dataset = store.open(name)
         if dataset is not None:
-            known = {file["path"]: file for file in catalogued.get(name, ())}
+            before = catalogued.get(name, {})
+            known = {file["path"]: file for file in before.get("files", ())}
             known |= {file["path"]: file for file in known_files.get(name, ())}
-            rows.append(_row(store, name, dataset, known, run_id))
+            stated_run = run_id if run_id is not None else before.get("run_id", "")
+            rows.append(_row(store, name, dataset, known, stated_run))
+            index_names[name] = {index.name for index in dataset.describe_indices()}
     if not rows:
         return
     if store.open(CATALOG_TABLE) is None:
         store.create(CATALOG_TABLE, CATALOG)
-    _merge(store, pa.Table.from_pylist(rows, schema=CATALOG))
+    _merge(store, rows, index_names, indexes or {})
 
 
-def _merge(store: TableStore, rows: pa.Table) -> None:
+def unindexed_rows(row: Mapping[str, Any]) -> int | None:
+    """Return how many rows a table's published index does not cover; None if it has none.
+
+    Args:
+        row: Of the catalog. Rows that an index does not cover are searched one by one: the result
+            is right, and costs more the more they are. `qvl-batch index` covers them.
+    """
+    index = row["index"]
+    return None if index is None else max(0, row["num_rows"] - index["num_rows"])
+
+
+def _merge(
+    store: TableStore,
+    rows: list[dict[str, Any]],
+    index_names: Mapping[str, set[str]],
+    indexes: Mapping[str, Mapping[str, Any] | None],
+) -> None:
     cause: Exception = RunFailedError("never tried")
     for attempt in range(_ATTEMPTS):
         if attempt:
@@ -81,12 +112,22 @@ def _merge(store: TableStore, rows: pa.Table) -> None:
         if catalog is None:
             raise RunFailedError(f"{store.uri(CATALOG_TABLE)} is gone")
         try:
-            # The version keeps a slow driver from putting an older state over a newer one.
+            crash.reached("catalog-update")
+            published = _catalogued_in(catalog, list(index_names), ["index"])
+            for row in rows:
+                name = row["table"]
+                index = indexes.get(name, published.get(name, {}).get("index"))
+                kept = index is not None and index["name"] in index_names[name]
+                row["index"] = dict(index) if kept else None
+            # The version keeps a slow driver from putting an older state over a newer one. No
+            # retry by Lance: whoever changed these rows since they were read may have published
+            # an index, which is to be read first.
             (
                 catalog.merge_insert("table")
                 .when_matched_update_all(condition="source.version >= target.version")
                 .when_not_matched_insert_all()
-                .execute(rows)
+                .conflict_retries(0)
+                .execute(pa.Table.from_pylist(rows, schema=CATALOG))
             )
             return
         except (ValueError, OSError, RuntimeError) as error:
@@ -156,10 +197,16 @@ def _files(
     return files
 
 
-def _catalogued(store: TableStore, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _catalogued(
+    store: TableStore, names: list[str], columns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     dataset = store.open(CATALOG_TABLE)
-    if dataset is None or not names:
-        return {}
+    return {} if dataset is None or not names else _catalogued_in(dataset, names, columns)
+
+
+def _catalogued_in(
+    dataset: lance.LanceDataset, names: list[str], columns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     listed = ", ".join(sql_text(name) for name in names)
-    rows = dataset.to_table(columns=["table", "files"], filter=f"table IN ({listed})")
-    return dict(zip(rows["table"].to_pylist(), rows["files"].to_pylist(), strict=True))
+    rows = dataset.to_table(columns=["table", *columns], filter=f"table IN ({listed})")
+    return {row["table"]: row for row in rows.to_pylist()}

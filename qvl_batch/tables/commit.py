@@ -17,7 +17,14 @@ import lance
 import pyarrow as pa
 from lance.commit import CommitConflictError
 
-from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, QvlError, RunFailedError
+from qvl_batch import crash
+from qvl_batch.errors import (
+    InvariantBrokenError,
+    LeaseHeldError,
+    QvlError,
+    RunFailedError,
+    StorageError,
+)
 from qvl_batch.schema import FAILURES
 from qvl_batch.tables.fragments import (
     DataFileRecord,
@@ -36,7 +43,10 @@ ATTEMPTS = 20
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 # Operations after which the rows that this run planned with may be others.
-_CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore", "Update")
+CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore", "Update")
+
+# What Lance raises when the store, or another commit, stands in the way.
+_STORE_ERRORS = (OSError, ValueError, RuntimeError)
 
 Commit = Callable[[TableStore, str, lance.Transaction], int]
 # What to commit, made from the version that it goes on; None: there is nothing to do.
@@ -192,11 +202,13 @@ def commit_once(
                 operation,
                 transaction_properties={MARKER: marker, RUN_ID: run_id},
             )
+            crash.reached("before-commit")
             commit(store, table, transaction)
+            crash.reached("after-commit")
             found = standing(_open(store, table))
         except (LeaseHeldError, RunFailedError):
             raise
-        except Exception as error:
+        except (*_STORE_ERRORS, CommitConflictError, StorageError) as error:
             # Whatever failed, the commit may stand: only the next look at the versions can tell.
             cause = error
             continue
@@ -210,6 +222,15 @@ def commit_once(
             f"table {table}: {attempts} attempts to commit lost against other writers"
         ) from cause
     raise storage_error(store.uri(table), cause) from cause
+
+
+def find_commit(store: TableStore, table: str, marker: str, since: int) -> int | None:
+    """Return the version after ``since`` that was committed with a marker; None if there is none.
+
+    Raises:
+        InvariantBrokenError: If the marker stands twice, or there is no table.
+    """
+    return _find(stamps_since(store, table, _open(store, table), since), table, marker)
 
 
 def stamps_since(
@@ -259,6 +280,11 @@ def _read_stamp(dataset: lance.LanceDataset, version: int) -> Stamp | None:
         if "was not found" in str(error):
             return None
         raise
+    except TypeError as error:
+        # pylance 14.0.2 can not show the Rewrite of a compaction that carried an index over.
+        if "RewrittenIndex" in str(error):
+            return Stamp(version, "Rewrite", None, None)
+        raise
     if transaction is None:
         return Stamp(version, "", None, None)
     properties = transaction.transaction_properties or {}
@@ -275,7 +301,7 @@ def _find(stamps: Iterable[Stamp], table: str, marker: str) -> int | None:
 
 def _refuse_other_runs(stamps: Iterable[Stamp], table: str, run_id: str) -> None:
     for stamp in stamps:
-        if stamp.operation in _CONTENT_OPERATIONS and stamp.run_id != run_id:
+        if stamp.operation in CONTENT_OPERATIONS and stamp.run_id != run_id:
             raise LeaseHeldError(table, stamp.run_id or "unknown")
 
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from lance.file import LanceFileSession
 from lance.fragment import write_fragments as lance_write_fragments
 
+from qvl_batch import crash
 from qvl_batch import schema as schemas
 from qvl_batch.errors import InvariantBrokenError
 from qvl_batch.storage import Storage
@@ -70,6 +71,7 @@ def write_to(store: TableStore, table: str, rows: pa.Table) -> list[WrittenFragm
         fragments = lance_write_fragments(
             rows, dataset, mode="append", storage_options=store.options, session=store.session
         )
+        crash.reached("after-fragment-write")
         files = store.files(table)
         return [
             WrittenFragment(

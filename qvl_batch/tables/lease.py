@@ -3,7 +3,8 @@
 A lease is a numbered epoch object, ``_qvl_leases/tables/{table}/{epoch}``, made by a create-only
 write: of all that want the next epoch one gets it. It names its run. Every run has one heartbeat
 object, written over again and again, whatever number of tables it holds; a lease is as old as its
-run's heartbeat, by the store's own clock. So a run of a thousand partitions renews with one write.
+run's heartbeat, by the store's own clock. So a run of a thousand partitions renews with one
+write. A run whose process has ended on this very machine is known to be dead at once.
 
 Who takes over from a run that was not released fences it: a ``Restore`` of the present version
 makes Lance refuse every Append that the old holder had prepared before, and the old holder finds
@@ -20,14 +21,18 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+import psutil
+
+from qvl_batch import crash
 from qvl_batch.errors import LeaseHeldError, LeaseLostError, StorageError
 from qvl_batch.storage import join
 from qvl_batch.tables.conditional import Place
 
 LEASES_FOLDER = "_qvl_leases"
-TTL_S = 120.0
+TTL_S = 60.0
 # Three chances to renew before anybody may take over.
 _RENEWALS_PER_TTL = 3
 
@@ -45,10 +50,12 @@ class Holder:
     age_s: float
     ttl_s: float
     is_released: bool
+    is_dead: bool
 
     def is_live(self, ttl_s: float) -> bool:
         """Return whether it may still be at work, judged by the longer of two lifetimes."""
-        return not self.is_released and self.age_s <= max(ttl_s, self.ttl_s)
+        silent = self.age_s > max(ttl_s, self.ttl_s)
+        return not (self.is_released or self.is_dead or silent)
 
     def __str__(self) -> str:
         return (
@@ -158,6 +165,7 @@ class Leases:
             if holder is not None and holder.is_live(self._ttl_s) and not steal:
                 raise LeaseHeldError(table, holder.run_id, str(holder))
             claim = {"run_id": self.run_id, **_who(), "since": self._since}
+            crash.reached("lease-acquire")
             won = self._place.create(_epoch_name(table, epoch + 1), claim)
             latest = _latest_epochs(self._place, table).get(table, 0)
             # A higher one is there if this process was asleep since it looked, and the epoch that
@@ -171,6 +179,7 @@ class Leases:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._ttl_s / _RENEWALS_PER_TTL / 2):
+            crash.reached("lease-renewal")
             began_s = time.monotonic()
             if began_s - self._seen_s < self._ttl_s / _RENEWALS_PER_TTL:
                 continue
@@ -255,6 +264,7 @@ class _Runs:
             age_s=(self._now - beat.seen).total_seconds() if beat else float("inf"),
             ttl_s=beat.ttl_s if beat else 0.0,
             is_released=bool(beat and beat.is_released),
+            is_dead=_is_gone(claim),
         )
 
     def _beat(self, run_id: str) -> _Beat | None:
@@ -284,4 +294,31 @@ def _heartbeat_name(run_id: str) -> str:
 
 
 def _who() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "pids": _pid_namespace(),
+        "started": psutil.Process().create_time(),
+    }
+
+
+def _pid_namespace() -> str:
+    """Return what tells where a process id means this process; '' where that can not be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _is_gone(claim: Mapping[str, Any]) -> bool:
+    """Return whether the process that made a claim ran here and does not any more."""
+    if not claim.get("pids") or claim["pids"] != _pid_namespace():
+        return False
+    try:
+        process = psutil.Process(claim["pid"])
+        is_other = process.create_time() != claim["started"]
+        # Killed, and nobody has asked for its exit code yet.
+        return is_other or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -52,6 +52,18 @@ def done_units(ds: lance.LanceDataset) -> pa.Array:
     return pc.unique(pa.concat_arrays(seen))
 
 
+def units_of_media(ds: lance.LanceDataset) -> pa.Table:
+    """Return ``unit_id, media_id`` of every unit that has any row, each once."""
+    seen = [
+        pa.Table.from_batches([batch]).group_by(["unit_id", "media_id"]).aggregate([])
+        for batch in ds.to_batches(columns=["unit_id", "media_id"], batch_size=65_536)
+        if batch.num_rows
+    ]
+    if not seen:
+        return pa.table({name: pa.array([], pa.string()) for name in ("unit_id", "media_id")})
+    return pa.concat_tables(seen).group_by(["unit_id", "media_id"]).aggregate([])
+
+
 class Failures:
     """The failures of a collection, read once for all its partitions.
 

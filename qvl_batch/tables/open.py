@@ -18,7 +18,7 @@ from qvl_batch.tables.layout import (
     Partition,
     partition_from_json,
 )
-from qvl_batch.tables.ledger import table_kind, table_partition
+from qvl_batch.tables.ledger import table_collection, table_kind, table_partition
 from qvl_batch.tables.store import TableStore, storage_error
 
 # Of an object store's answers, which take tens of milliseconds each.
@@ -47,7 +47,9 @@ class OpenTables:
         self._catalog = _Catalog()
 
     def collections(self) -> list[str]:
-        """Return the names of all collections of vectors, sorted; scores are left out.
+        """Return the names of all collections of vectors, sorted.
+
+        Scores are left out, and so are tables of other makers, which state no collection.
 
         Costs a LIST, and for each collection what opening one of its tables costs.
 
@@ -59,8 +61,12 @@ class OpenTables:
             first.setdefault(collection_of(name), name)
         first.pop("", None)
         opened = self._open(first.values())
-        kinds = {collection_of(name): table_kind(dataset) for name, dataset in opened.items()}
-        return sorted(name for name, kind in kinds.items() if kind == VECTORS_KIND)
+        return sorted(
+            collection_of(name)
+            for name, dataset in opened.items()
+            if table_kind(dataset) == VECTORS_KIND
+            and table_collection(dataset) == collection_of(name)
+        )
 
     def of(
         self,

@@ -13,6 +13,7 @@ import lance
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qvl_batch import crash
 from qvl_batch.tables.commit import Commit, check_files, commit_once, commit_transaction
 from qvl_batch.tables.fragments import WrittenFragment, iter_fragments
 from qvl_batch.tables.ledger import sql_text
@@ -53,6 +54,7 @@ def replace_units(
         if not gone and not changed:
             return lance.LanceOperation.Append(added) if added else None
         if not added:
+            crash.reached("delete")
             listed = f"unit_id IN ({len(units)} ids)"
             return lance.LanceOperation.Delete(changed, gone, listed)
         return lance.LanceOperation.Update(
@@ -101,6 +103,7 @@ def publish(
 
     def build(latest: lance.LanceDataset) -> lance.LanceOperation.BaseOperation:
         checked_once()
+        crash.reached("replace-publish")
         target = latest.lance_schema
         if schema is not None:
             target = lance.schema.LanceSchema.from_pyarrow(schema)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from qvl_batch.errors import ConfigError
 from qvl_batch.tables import nearest
+from qvl_batch.tables.merging import Pairs, limited, merged_hits
 from qvl_batch.tables.nearest import Near
 from qvl_batch.tables.store import storage_error
 
@@ -193,7 +194,7 @@ class _Table:
         scores = (2 * near.key.astype(np.float64) / self.dim - 1).astype(np.float32)
         return Near(near.query, scores, near.offset)
 
-    def detailed(self, near: Near, queries: npt.NDArray[np.float32]) -> _Pairs:
+    def detailed(self, near: Near, queries: npt.NDArray[np.float32]) -> Pairs:
         """Read the rows of these candidates: their ids, and their scores by the vectors."""
         columns = ["row_id", *(nearest.vector_columns(self.dataset) if self.rescored else [])]
         offsets, row = np.unique(near.offset, return_inverse=True)
@@ -211,22 +212,13 @@ class _Table:
                     scored = vectors.take(row[chosen] - start).scores(queries[query])
                     scores[chosen] = scored
         ids = pa.chunked_array(row_ids, pa.string()).combine_chunks()
-        return _Pairs(near, scores, ids.take(pa.array(row)))
+        return Pairs(near, scores, ids.take(pa.array(row)))
 
     def rows(self, offsets: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Return these rows' columns, in this order."""
         distinct, row = np.unique(offsets, return_inverse=True)
         rows = self.dataset.take(distinct, columns=list(columns)).take(pa.array(row))
         return rows.replace_schema_metadata(None)
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Candidates of one table with their scores and row_ids."""
-
-    near: Near
-    score: npt.NDArray[np.float32]
-    row_id: pa.StringArray
 
 
 def _search(
@@ -241,7 +233,8 @@ def _search(
     if not hit:
         return _result_schema(tables, asked.columns).empty_table()
     pairs = _each(pool, lambda one: one[0].detailed(one[1], queries), hit)
-    merged = _merged([table for table, _ in hit], pairs, asked)
+    in_shortlist = [table.in_shortlist for table, _ in hit]
+    merged = merged_hits(pairs, in_shortlist, shortlist=asked.shortlist, top_k=asked.top_k)
     by_table = [
         (hit[number][0], np.flatnonzero(merged.table == number))
         for number in np.unique(merged.table)
@@ -271,68 +264,9 @@ def _cut(
     in_shortlist = [i for i, table in enumerate(tables) if table.in_shortlist]
     scored = [i for i, table in enumerate(tables) if not table.rescored]
     for group, k in ((in_shortlist, asked.shortlist), (scored, asked.top_k)):
-        if len(group) < 2:
-            continue
-        query = np.concatenate([near[i].query for i in group])
-        key = np.concatenate([near[i].key for i in group]).astype(np.float32)
-        order = np.lexsort((key, query))
-        starts = np.searchsorted(query[order], np.arange(num_queries + 1))
-        last = np.minimum(starts[:-1] + k, starts[1:]) - 1
-        # A query without a candidate has no last one; its limit is never looked at.
-        limit = key[order][np.maximum(last, 0)] if len(order) else np.zeros(num_queries)
-        for i in group:
-            inside = near[i].key.astype(np.float32) <= limit[near[i].query]
-            kept[i] = Near(near[i].query[inside], near[i].key[inside], near[i].offset[inside])
+        for i, one in zip(group, limited([near[i] for i in group], num_queries, k), strict=True):
+            kept[i] = one
     return kept
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """The hits: all arrays are sorted by query and rank; ``table`` is a position."""
-
-    query: npt.NDArray[np.int32]
-    rank: npt.NDArray[np.int32]
-    score: npt.NDArray[np.float32]
-    table: npt.NDArray[np.int32]
-    offset: npt.NDArray[np.int64]
-
-
-def _merged(tables: Sequence[_Table], pairs: Sequence[_Pairs], asked: _Asked) -> _Merged:
-    """Return the top k of each query: tables are sorted by name, so their position breaks ties."""
-    query = np.concatenate([one.near.query for one in pairs])
-    table = np.repeat(np.arange(len(pairs), dtype=np.int32), [len(one.score) for one in pairs])
-    offset = np.concatenate([one.near.offset for one in pairs])
-    score = np.concatenate([one.score for one in pairs])
-    row_id = _ranks([one.row_id for one in pairs])
-    sizes = [len(one.score) for one in pairs]
-    in_shortlist = np.repeat([one.in_shortlist for one in tables], sizes)
-    kept = np.arange(len(query))
-    if in_shortlist.any():
-        listed = np.flatnonzero(in_shortlist)
-        distance = np.concatenate(
-            [one.near.key for one, of in zip(pairs, tables, strict=True) if of.in_shortlist]
-        )
-        order = np.lexsort((table[listed], row_id[listed], distance, query[listed]))
-        inside = listed[order][_positions(query[listed][order]) < asked.shortlist]
-        kept = np.concatenate([inside, np.flatnonzero(~in_shortlist)])
-    order = kept[np.lexsort((row_id[kept], table[kept], -score[kept], query[kept]))]
-    position = _positions(query[order])
-    top = order[position < asked.top_k]
-    rank = (position[position < asked.top_k] + 1).astype(np.int32)
-    return _Merged(query[top], rank, score[top], table[top], offset[top])
-
-
-def _ranks(row_ids: Sequence[pa.StringArray]) -> npt.NDArray[np.int64]:
-    """Return integers that compare as the row_ids do."""
-    joined = pa.chunked_array(row_ids).combine_chunks()
-    return pc.rank(joined, sort_keys="ascending", tiebreaker="min").to_numpy().astype(np.int64)
-
-
-def _positions(query: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Return each entry's position within its run of equal queries."""
-    starts = np.flatnonzero(np.r_[True, query[1:] != query[:-1]]) if len(query) else []
-    runs = np.diff(np.r_[starts, len(query)].astype(np.int64))
-    return np.arange(len(query)) - np.repeat(np.asarray(starts, np.int64), runs)
 
 
 def _runs(query: npt.NDArray[np.int32]) -> list[tuple[int, slice]]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from lance.file import LanceFileSession
 from lance.schema import LanceSchema
 
+from qvl_batch import crash
 from qvl_batch.errors import RecipeMismatchError, StorageError
 from qvl_batch.recipe import differences
 from qvl_batch.storage import Storage, is_local, local_path, scheme_of
@@ -169,6 +170,17 @@ class TableStore:
                 return None
             raise storage_error(self.uri(name), error) from error
 
+    def open_existing(self, name: str) -> lance.LanceDataset:
+        """Return the latest version of a table that is there.
+
+        Raises:
+            StorageError: As `open`, or if there is no such table.
+        """
+        dataset = self.open(name)
+        if dataset is None:
+            raise StorageError(f"There is no table {self.uri(name)}.", "Check root and name.")
+        return dataset
+
     def names(self) -> list[str]:
         """Return the names of all tables under the root, sorted; none if there is no root yet.
 
@@ -194,6 +206,7 @@ class TableStore:
         # one's table, rows and all. An Overwrite of version 0 without retries can only make
         # version 1.
         empty = lance.LanceOperation.Overwrite(LanceSchema.from_pyarrow(schema), [])
+        crash.reached("create-table")
         try:
             lance.LanceDataset.commit(
                 self.uri(name),

@@ -1,5 +1,6 @@
 """The check of the installation before a run: stated in tables, kept, and refusing to write."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,8 @@ import lance
 import pytest
 
 import qvl_batch
-from qvl_batch.jobs.embed import prepare, run_embed
+from qvl_batch.jobs.embed import run_embed
+from qvl_batch.jobs.embed_job import prepare
 
 CERTIFICATE = b"qvl.certificate"
 
@@ -58,8 +60,10 @@ def test_a_run_without_the_check_states_none(job):
 
 
 def test_the_plan_holds_the_certificate(job):
-    assert prepare(job.config()).certificate.holds
-    assert prepare(job.config("model.check=false")).certificate is None
+    with contextlib.ExitStack() as held:
+        assert prepare(job.config(), held).certificate.holds
+    with contextlib.ExitStack() as held:
+        assert prepare(job.config("model.check=false"), held).certificate is None
 
 
 def test_a_broken_installation_refuses_to_write(job, tmp_path):

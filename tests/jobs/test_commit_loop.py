@@ -71,7 +71,7 @@ class Tables:
     def __init__(self):
         self.commits, self.failures, self.markers = [], 0, []
 
-    def append(self, table, fragments, marker):
+    def append(self, table, fragments, marker, ordinals):
         self.commits.append([fragment["fragment"] for fragment in fragments])
         self.markers.append(marker)
 

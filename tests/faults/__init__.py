@@ -1,0 +1,1 @@
+"""Kills and storage faults: nothing lost, nothing doubled."""
