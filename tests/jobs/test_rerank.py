@@ -13,11 +13,18 @@ from qvl_batch import Reranker
 from qvl_batch.demo.checkpoint import embedding_dir
 from qvl_batch.demo.corpus import write_corpus
 from qvl_batch.demo.queries import DEMO_QUERIES
-from qvl_batch.errors import ConfigError, ManifestError, ModelError, RecipeMismatchError
+from qvl_batch.errors import (
+    ConfigError,
+    ManifestError,
+    ModelError,
+    RecipeMismatchError,
+    StorageError,
+)
 from qvl_batch.jobs.embed import run_embed
 from qvl_batch.jobs.rerank import run_rerank
 from qvl_batch.jobs.verify import verify
 from qvl_batch.storage import Storage
+from qvl_batch.tables.aliases import switch
 from qvl_batch.units import pair_id
 from tests.demo_answers import answer
 from tests.jobs.conftest import Job
@@ -397,7 +404,7 @@ def test_wrong_input_is_told_before_ray(make_run, vectors, tmp_path):
     labels = f"input.relevance={write_lines(tmp_path / 'labels.jsonl', [label])}"
     with pytest.raises(ConfigError, match="no label of 2 or more"):
         run_rerank(run.config(out, labels, "input.relevant_from=2.0"))
-    with pytest.raises(Exception, match="no collection 'other'"):
+    with pytest.raises(StorageError, match="no collection 'other'"):
         run_rerank(run.config(out, "search.collection=other"))
     assert not list((tmp_path / "out").glob("*.lance"))
 
@@ -440,7 +447,8 @@ def test_byte_ranges_are_read_again_as_ranges(corpus, tmp_path):
     run_embed(Job(manifest=manifest, root=root).config())
     queries = write_lines(tmp_path / "queries.jsonl", TEXTS[:1])
     run = RerankRun(queries=queries, root=root)
-    report = run_rerank(run.config())
+    switch(run.store, "current", "media")
+    report = run_rerank(run.config("search.collection=current"))
     assert report.media_fetched == 2
     rows = run.rows().sort_by("byte_offset")
     with Reranker(RERANKER["path"], image=RERANKER["image"]) as reranker:
