@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from qvl_batch import schema
 from qvl_batch.errors import CorruptMediaError, QvlError, UnitError
+from qvl_batch.jobs.deaths import Attempts, NoAttempts, run_carefully
 from qvl_batch.jobs.media_reader import ReadMedia, WantedMedium
 from qvl_batch.jobs.parts import Part, iter_parts, parts_array
 from qvl_batch.jobs.retrieve_stages import failures_array
@@ -51,6 +52,8 @@ class DecodeDocuments:
 
     media: ReadMedia
     may_start: Callable[[int], bool] = lambda _: True
+    attempts: Attempts = field(default_factory=NoAttempts)
+    max_deaths: int = 3
 
     def open(self) -> DocumentDecoder:
         return DocumentDecoder(self)
@@ -64,20 +67,21 @@ class DocumentDecoder:
         self._reader = stage.media.open()
 
     def __call__(self, media: pa.Table) -> pa.Table:
-        started = self._stage.may_start(media["_ordinal"][0].as_py())
-        before = self._reader.num_fetched
-        read = self._read(media) if started else [NOT_STARTED] * media.num_rows
-        parts = [one if isinstance(one, list) else [] for one in read]
-        failures = [None if isinstance(one, list) else one for one in read]
-        work = _no_work(media.num_rows)
-        for counts, found in zip(work, parts, strict=True):
-            counts |= {"media_decoded": int(bool(found)), "parts_decoded": len(found)}
-        work[0]["media_fetched"] = self._reader.num_fetched - before
-        return (
-            media.append_column("_parts", parts_array(parts))
-            .append_column("_failure", failures_array(failures))
-            .append_column("_work", pa.array(work, schema.WORK))
+        if not self._stage.may_start(media["_ordinal"][0].as_py()):
+            return _decoded(media, [NOT_STARTED] * media.num_rows, 0)
+        return run_carefully(
+            media,
+            "decode",
+            self._decode,
+            lambda medium, failure: _decoded(medium, [failure], 0),
+            self._stage.attempts,
+            self._stage.max_deaths,
         )
+
+    def _decode(self, media: pa.Table) -> pa.Table:
+        before = self._reader.num_fetched
+        read = self._read(media)
+        return _decoded(media, read, self._reader.num_fetched - before)
 
     def _read(self, media: pa.Table) -> list[list[Part] | Mapping[str, Any]]:
         rows = media.select(["uri", "etag", "byte_offset", "byte_length", "kind"]).to_pylist()
@@ -100,6 +104,23 @@ class DocumentDecoder:
         return outcomes
 
 
+def _decoded(
+    media: pa.Table, read: Sequence[list[Part] | Mapping[str, Any]], num_fetched: int
+) -> pa.Table:
+    """Return media and what became of them."""
+    parts = [one if isinstance(one, list) else [] for one in read]
+    failures = [None if isinstance(one, list) else one for one in read]
+    work = _no_work(media.num_rows)
+    for counts, found in zip(work, parts, strict=True):
+        counts |= {"media_decoded": int(bool(found)), "parts_decoded": len(found)}
+    work[0]["media_fetched"] = num_fetched
+    return (
+        media.append_column("_parts", parts_array(parts))
+        .append_column("_failure", failures_array(failures))
+        .append_column("_work", pa.array(work, schema.WORK))
+    )
+
+
 class RerankPairs:
     """Scores the pairs of a block of media: adds ``_scores`` (aligned with ``_pairs``).
 
@@ -109,11 +130,18 @@ class RerankPairs:
     Args:
         load: Gives the engine.
         open_queries: Gives what a query_id stands for.
+        attempts: Knows on which blocks a worker has died.
+        max_deaths: Deaths of workers after which the pairs of the medium at hand fail.
     """
 
     def __init__(
-        self, load: Callable[[], RerankerEngine], open_queries: Callable[[], Queries]
+        self,
+        load: Callable[[], RerankerEngine],
+        open_queries: Callable[[], Queries],
+        attempts: Attempts = NoAttempts(),
+        max_deaths: int = 3,
     ) -> None:
+        self._attempts, self._max_deaths = attempts, max_deaths
         self._broken: QvlError | None = None
         try:
             self._engine = load()
@@ -124,6 +152,16 @@ class RerankPairs:
     def __call__(self, decoded: pa.Table) -> pa.Table:
         if self._broken is not None:
             raise self._broken
+        return run_carefully(
+            decoded,
+            "rerank",
+            self._judge,
+            lambda medium, failure: self._judge(_failed(medium, failure)),
+            self._attempts,
+            self._max_deaths,
+        )
+
+    def _judge(self, decoded: pa.Table) -> pa.Table:
         scores, work = self._score(decoded)
         values = pa.array(scores, schema.SCORE)
         lists = decoded["_pairs"].combine_chunks()
@@ -187,6 +225,11 @@ class RerankPairs:
                 results[place] = _score_value(result)
         after = _counts(self._engine)
         return results, {name: after[name] - before[name] for name in after}
+
+
+def _failed(medium: pa.Table, failure: Mapping[str, Any]) -> pa.Table:
+    place = medium.column_names.index("_failure")
+    return medium.set_column(place, "_failure", failures_array([failure]))
 
 
 def _document(text: str | None, vision: Vision | None, uri: str | None) -> EmbedInput:
