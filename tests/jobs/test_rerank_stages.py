@@ -297,36 +297,32 @@ def test_a_block_that_is_not_begun_is_neither_scored_nor_failed(engine, pictures
     assert (written.num_rows, written.failures.num_rows) == (0, 0)
 
 
-class Noted:
-    """`deaths.Attempts` of a stage whose worker died on the block, then on one medium."""
+class DiedBefore:
+    """What the control actor knows when a worker has died on one medium again and again."""
 
-    def __init__(self, stage, ordinal):
-        self._died = {(stage, 0, False), (stage, ordinal, True)}
+    def __init__(self, deadly):
+        self.deadly = deadly
 
     def begin(self, stage, ordinal, alone):
-        return int((stage, ordinal, alone) in self._died)
+        return 2 if not alone or ordinal == self.deadly else 0
 
     def end(self, stage, ordinal, alone):
         return
 
 
-@pytest.mark.parametrize("stage", ["decode", "rerank"])
-def test_a_medium_on_which_workers_died_fails_with_all_its_pairs(engine, pictures, store, stage):
-    pairs = [
-        pair("q0", pictures["red"], etag=None),
-        pair("q0", pictures["blue"], etag=None),
-        pair("q1", pictures["blue"], etag=None),
-        pair("q0", pictures["green"], etag=None),
-    ]
-    media = media_of(*pairs)
-    deadly = media["uri"].to_pylist().index(pictures["blue"])
-    noted = Noted(stage, deadly)
-    decoded = DecodeDocuments(media=RERANK, attempts=noted, max_deaths=2).open()(media)
-    scored = RerankPairs(lambda: engine, lambda: ask, noted, 2)(decoded)
-    assert scored["_ordinal"].to_pylist() == media["_ordinal"].to_pylist()
-    write = writer(WriteScores, store, "scores", schema.scores([], {}))
-    written = write([scored], frozenset())
-    assert (written.num_rows, written.failures.num_rows) == (2, 2)
-    lost = {row["unit_id"]: row["error_type"] for row in written.failures.to_pylist()}
-    assert lost == dict.fromkeys((pairs[1]["pair_id"], pairs[2]["pair_id"]), "WorkerKilledError")
-    assert written.work["media_fetched"] == (3 if stage == "rerank" else 2)
+def test_a_medium_that_kills_workers_fails_alone(engine, pictures, store):
+    media = media_of(
+        *(pair("q0", uri, etag=None, rank=i) for i, uri in enumerate(pictures.values()))
+    )
+    decoded = DecodeDocuments(media=RERANK).open()(media)
+    whole = RerankPairs(lambda: engine, lambda: ask)(decoded)
+    careful = RerankPairs(lambda: engine, lambda: ask, DiedBefore(1), 3)(decoded)
+    scores = [pc.list_flatten(one["_scores"]).to_pylist() for one in (whole, careful)]
+    assert scores[1][1]["failure"]["error_type"] == "WorkerKilledError"
+    for place in (0, 2):
+        score = scores[1][place]["rerank_score"]
+        assert score == pytest.approx(scores[0][place]["rerank_score"], abs=1e-6)
+    undecoded = DecodeDocuments(media=RERANK, attempts=DiedBefore(2)).open()(media)
+    failed = [one is not None for one in undecoded["_failure"].to_pylist()]
+    assert failed == [False, False, True]
+    assert pc.sum(pc.struct_field(undecoded["_work"], "media_fetched")).as_py() == 2
