@@ -50,7 +50,8 @@ class DeleteReport:
             lines.append(
                 f"old versions of {', '.join(self.left)} still hold bytes of what was deleted; "
                 f"remove them with `qvl-batch gc {self.root} --older-than 1h` an hour from now, "
-                "or by doing this again with --now while no run is at work"
+                "or by doing this again with --now while no run is at work (a tagged version stays "
+                "until its tag is removed)"
             )
         if rows:
             lines.append("take these media out of the manifest too, or the next run embeds them")
