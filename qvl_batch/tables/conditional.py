@@ -62,9 +62,11 @@ class Place:
             except FileExistsError:
                 return self.read(name) == content
             except OSError as error:
-                if "PreconditionFailed" in str(error) or "412" in str(error):
+                # s3fs keeps the server's message alone, and some servers have none.
+                said = f"{error} {error.__cause__}"
+                if "PreconditionFailed" in said or "412" in said:
                     return self.read(name) == content
-                if attempt == _ATTEMPTS - 1 or not any(word in str(error) for word in _PASSING):
+                if attempt == _ATTEMPTS - 1 or not any(word in said for word in _PASSING):
                     raise
                 time.sleep(0.1 * 2**attempt)
         raise AssertionError("unreachable")

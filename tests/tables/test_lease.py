@@ -18,11 +18,11 @@ from qvl_batch.tables.lease import Leases, holders, live_runs
 TABLES = ["media__dt-1", "media__dt-2"]
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", pytest.param("ceph", marks=pytest.mark.s3real)])
 def place(request, tmp_path) -> Place:
     if request.param == "local":
         return Place(str(tmp_path / "_qvl_leases"), Storage())
-    bucket = request.getfixturevalue("bucket")
+    bucket = request.getfixturevalue("bucket" if request.param == "s3" else "real_bucket")
     return Place(bucket.uri("root/_qvl_leases"), bucket.storage)
 
 
