@@ -37,6 +37,8 @@ MAY_ENTER: dict[str, set[str]] = {
     "api": {"media", "model", "tables"},
     "demo": {"media", "model", "tables", "jobs", "api"},
     "cli": ROOMS,
+    # A part of cli.
+    "cli_upkeep": ROOMS,
     "__main__": {"cli"},
     "lancedb": {"api"},
     # What a notebook holds, imported when it is asked for.

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-import lance
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -162,7 +162,7 @@ def _set_ranks(store: TableStore, name: str, run_id: str) -> None:
     partition = table_partition(scores)
     target = Target(store=store, collection=table_collection(scores), partitions={name: partition})
 
-    def ranks(latest: lance.LanceDataset) -> pa.Table:
+    def ranks(latest: Any) -> pa.Table:
         waiting = incomplete(target, name, column_values(latest, "pair_id"))
         return ranks_to_set(latest.to_table(columns=RANKED), waiting)
 
