@@ -2,6 +2,8 @@
 
 ``QVL_CRASH=NAME:NTH:TOKEN`` kills the process that reaches the place NAME for the NTH time, if it
 can remove the file TOKEN: so it happens once, in one process, however many inherit the setting.
+
+``QVL_CRASH=count:FILE`` kills nothing and appends a line to FILE for each place that is reached.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import signal
 
 ENVIRONMENT = "QVL_CRASH"
+COUNT = "count:"
 
 # In the order of a run. README, "What happens when", has a paragraph for each.
 PLACES = (
@@ -43,6 +46,10 @@ def reached(place: str) -> None:
     """Die here if a fault test says so."""
     asked = os.environ.get(ENVIRONMENT)
     if asked is None:
+        return
+    if asked.startswith(COUNT):
+        with open(asked.removeprefix(COUNT), "a") as file:
+            file.write(f"{place}\n")
         return
     name, nth, token = asked.split(":", 2)
     if name != place:
