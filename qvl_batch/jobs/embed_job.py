@@ -26,7 +26,7 @@ from qvl_batch.recipe import Recipe
 from qvl_batch.storage import Storage, is_local
 from qvl_batch.tables import staging
 from qvl_batch.tables.aliases import refuse_alias
-from qvl_batch.tables.conditional import check_exclusive
+from qvl_batch.tables.conditional import ensure_exclusive
 from qvl_batch.tables.embedding_metadata import embedding_functions
 from qvl_batch.tables.layout import Partition, check_collection_name, partition_json
 from qvl_batch.tables.lease import Leases, lease_place
@@ -210,7 +210,7 @@ def take_leases(
     """
     place = lease_place(store.root, store.storage)
     if not is_local(store.root):
-        check_exclusive(place)
+        ensure_exclusive(place)
     leases = held.enter_context(Leases(place, run_id, ttl_s=ttl_s))
     absent = []
     for name in leases.acquire(tables, steal=steal):

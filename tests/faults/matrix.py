@@ -28,11 +28,14 @@ from pathlib import Path
 
 from qvl_batch import crash
 from qvl_batch.storage import Storage, is_local
-from tests.faults import commands, forked, scenario
+from tests.conftest import serve
+from tests.faults import forked, scenario
+from tests.faults.first_states import VARIANTS, FirstStates
 
 # Passed by Ray's workers only, see `tests.faults.ray_matrix`.
 ON_RAY_ONLY = frozenset({"mid-decode", "mid-embed"})
 MAX_RERUNS = 3
+MANIFEST = "manifest.parquet"
 # A renewal comes after 0.8 s: the run must not be over by then.
 PACE_S = 0.15
 
@@ -75,7 +78,6 @@ class Setting:
     """One case made ready: the first state stands, a run on the second may begin.
 
     Args:
-        is_new: Whether there is no first state.
         before, after: The units of both states.
         config: Of the second run.
     """
@@ -84,36 +86,27 @@ class Setting:
     root: str
     storage: Storage
     mode: str
-    is_new: bool
     before: list[scenario.Unit]
     after: list[scenario.Unit]
     config: Path
 
     @classmethod
     def of(
-        cls, mode: str, is_new: bool, seed: str, folder: Path, root: str, storage: Storage
+        cls, mode: str, is_new: bool, variant: int, store: str, folder: Path, first: FirstStates
     ) -> Setting:
-        rng = random.Random(seed)
-        before = scenario.units_before(rng)
-        after = scenario.units_after(before, rng)
+        states = scenario.units(variant)
         is_embed = mode not in ("index", "compact")
-        if not is_embed:
-            after = before
-        if is_new:
-            before = []
-        manifests = [folder / "before.parquet", folder / "after.parquet"]
-        for path, units in zip(manifests, (before, after), strict=True):
-            scenario.write_manifest(path, units)
-        first, second = folder / "first.yaml", folder / "second.yaml"
-        steps = [manifests[0]] if before else []
+        after = states["after" if is_embed else "before"]
+        steps = [] if is_new else ["before"]
         if mode == "late-upsert":
-            steps.append(manifests[1])
-        for manifest in steps:
-            scenario.write_config(first, manifest, root, storage, "append")
-            commands.embed(str(first))
+            steps.append("after")
+        root, storage = first.root(store, folder, steps, variant)
+        config = folder / "config.yaml"
+        scenario.write_manifest(folder / MANIFEST, after)
         as_embed = mode.removeprefix("late-") if is_embed else "append"
-        scenario.write_config(second, manifests[1], root, storage, as_embed)
-        return cls(folder, root, storage, mode, is_new, before, after, second)
+        scenario.write_config(config, folder / MANIFEST, root, storage, as_embed)
+        before = [] if is_new else states["before"]
+        return cls(folder, root, storage, mode, before, after, config)
 
     def start(self, pace_s: float = 0.0, **environment: str) -> forked.Started:
         """Start what the mode is about."""
@@ -123,7 +116,7 @@ class Setting:
         return forked.start("embed", str(self.config), pace_s, log=log, **environment)
 
     def outcome(self) -> scenario.Outcome:
-        manifest = self.folder / "after.parquet"
+        manifest = self.folder / MANIFEST
         return scenario.outcome(
             self.root, self.storage, manifest, self.before, self.after, self.mode
         )
@@ -137,7 +130,7 @@ class Setting:
         found = self.folder / "seen.txt"
         found.touch()
         tables = [scenario.table_of(day) for day in scenario.DAYS]
-        pause_s = 0.01 if is_local(self.root) else 0.1
+        pause_s = 0.03 if is_local(self.root) else 0.1
         reader = forked.start(
             "watch",
             *(self.root, self.storage, tables, str(found), pause_s),
@@ -176,14 +169,14 @@ class Setting:
 class Passages:
     """How often a clean run of a mode passes each place, on new tables and on tables with rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: FirstStates) -> None:
+        self._first = first
         self._known: dict[tuple[str, bool], Mapping[str, int]] = {}
 
     def of(self, mode: str, is_new: bool) -> Mapping[str, int]:
         if (mode, is_new) not in self._known:
             with tempfile.TemporaryDirectory(prefix="qvl-faults-") as scratch:
-                root = str(Path(scratch) / "vectors")
-                setting = Setting.of(mode, is_new, "count", Path(scratch), root, Storage())
+                setting = Setting.of(mode, is_new, 0, "local", Path(scratch), self._first)
                 counts = Path(scratch) / "counts"
                 counts.touch()
                 run = setting.start(PACE_S, **{crash.ENVIRONMENT: f"{crash.COUNT}{counts}"})
@@ -216,15 +209,14 @@ def cases(
                         yield Case(place, mode, store, seed)
 
 
-def run_case(
-    case: Case, passages: Passages, folder: Path, storage: Storage, root: str
-) -> Result:
+def run_case(case: Case, passages: Passages, folder: Path, first: FirstStates) -> Result:
     """Make the first state, kill a run on the second, run again until it ends well."""
     rng = random.Random(case.name)
     # Creating the tables is a thing to be killed in, too.
     possible = [new for new in starts(case.mode) if passages.of(case.mode, new)[case.place]]
     is_new = rng.choice(possible)
-    setting = Setting.of(case.mode, is_new, case.name, folder, root, storage)
+    variant = rng.randrange(VARIANTS)
+    setting = Setting.of(case.mode, is_new, variant, case.store, folder, first)
     nth = rng.randint(1, passages.of(case.mode, is_new)[case.place])
     pace_s = 0.0
     if case.place == "lease-renewal":
@@ -261,16 +253,17 @@ def run_case(
 @contextlib.contextmanager
 def s3_server() -> Iterator[Storage]:
     """Run an S3 server on loopback for as long as the matrix lasts."""
-    from tests.moto_in_process import moto_server
-
     secrets = {"AWS_ACCESS_KEY_ID": "faults", "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex}
     os.environ |= secrets | {"AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1"}
-    with moto_server() as endpoint:
-        yield Storage(endpoint_url=endpoint, region="us-east-1")
+    server = Path(__file__).parents[1] / "s3" / "serve_counted.py"
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, str(server)]
+        with serve(command, Path(logs) / "log", timeout_s=90) as endpoint:
+            yield Storage(endpoint_url=endpoint, region="us-east-1")
 
 
 def run_matrix(
-    wanted: list[Case], passages: Passages, results: Path | None, storage: Storage
+    wanted: list[Case], passages: Passages, results: Path | None, first: FirstStates
 ) -> list[Result]:
     """Run the cases that the results do not hold yet; return all of them."""
     found = read_results(results)
@@ -278,12 +271,7 @@ def run_matrix(
         if case.name in found:
             continue
         with tempfile.TemporaryDirectory(prefix="qvl-faults-") as scratch:
-            root, where = str(Path(scratch) / "vectors"), Storage()
-            if case.store == "s3":
-                bucket = f"case-{uuid.uuid4().hex}"
-                where, root = storage, f"s3://{bucket}/vectors"
-                storage.filesystem(root).mkdir(bucket)
-            found[case.name] = run_case(case, passages, Path(scratch), where, root)
+            found[case.name] = run_case(case, passages, Path(scratch), first)
         if results is not None:
             with results.open("a") as file:
                 file.write(json.dumps(asdict(found[case.name])) + "\n")
@@ -347,10 +335,12 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="JSON lines to go on with")
     asked = parser.parse_args()
     chosen = asked.stores.split(","), asked.places.split(","), asked.modes.split(",")
-    with s3_server() as storage:
-        passages = Passages()
+    with contextlib.ExitStack() as held:
+        storage = held.enter_context(s3_server()) if "s3" in chosen[0] else None
+        first = held.enter_context(FirstStates(storage))
+        passages = Passages(first)
         wanted = list(cases(passages, asked.seeds, *chosen))
-        results = run_matrix(wanted, passages, asked.results, storage)
+        results = run_matrix(wanted, passages, asked.results, first)
     print(table(results))
     return 0 if all(result.is_right for result in results) else 1
 

@@ -53,6 +53,13 @@ class Outcome:
         return not (self.lost or self.duplicated or self.foreign or self.problems)
 
 
+def units(variant: int) -> dict[str, list[Unit]]:
+    """Return both states of the bucket, ``before`` and ``after``, in one of many variants."""
+    rng = random.Random(variant)
+    before = units_before(rng)
+    return {"before": before, "after": units_after(before, rng)}
+
+
 def units_before(rng: random.Random) -> list[Unit]:
     """Return the first state of the bucket: three days of images, one in ten of them bad."""
     return [
@@ -138,5 +145,7 @@ def outcome(
         problems += [f"{row['table']} has no index" for row in rows if row["index"] is None]
     if mode == "compact":
         datasets = {day: store.open_existing(table_of(day)) for day in DAYS}
-        problems += [f"{d} is not compact" for d, t in datasets.items() if len(t.get_fragments()) > 1]
+        problems += [
+            f"{d} is not compact" for d, t in datasets.items() if len(t.get_fragments()) > 1
+        ]
     return Outcome(lost, duplicated, foreign, tuple(problems))
