@@ -34,8 +34,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 Root = Annotated[str, typer.Argument(help="output.root of the runs.")]
 Collection = Annotated[str | None, typer.Option(help="Only the tables of this one.")]
-Where = Annotated[
-    list[str] | None, typer.Option(help="Only these partitions: --where 'dt>=2026-01-01'.")
+Partition = Annotated[
+    list[str] | None, typer.Option(help="Only these tables: --partition 'dt>=2026-01-01'.")
 ]
 
 
@@ -288,7 +288,7 @@ def compare(
 def index(
     root: Root,
     collection: Collection = None,
-    where: Where = None,
+    partition: Partition = None,
     recall: Annotated[
         float, typer.Option(help="Least share of the exhaustive top 10 that an index must find.")
     ] = 0.99,
@@ -311,7 +311,7 @@ def index(
         root,
         Storage.of(endpoint_url=endpoint_url, region=region),
         collection=collection,
-        where=where or [],
+        where=partition or [],
         rules=IndexRules(recall=recall, max_nprobes=max_nprobes),
         local=local,
         address=address,
@@ -325,7 +325,7 @@ def index(
 def compact(
     root: Root,
     collection: Collection = None,
-    where: Where = None,
+    partition: Partition = None,
     steal: Annotated[
         bool, typer.Option("--steal", help="Take a table from a killed run at once.")
     ] = False,
@@ -340,7 +340,7 @@ def compact(
         root,
         Storage.of(endpoint_url=endpoint_url, region=region),
         collection=collection,
-        where=where or [],
+        where=partition or [],
         steal=steal,
         echo=_nowhere if json else print,
     )

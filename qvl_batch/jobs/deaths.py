@@ -48,7 +48,7 @@ def run_carefully(
 
     Args:
         block: Units with their ``_ordinal``.
-        stage: ``decode`` or ``embed``.
+        stage: ``decode``, ``embed`` or ``rerank``.
         run: The stage: a table of units in, one of as many out.
         failed: Makes what ``run`` returns of one unit from the unit and a `schema.FAILURE` value.
         attempts: See `Attempts`.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,22 +12,22 @@ from qvl_batch import crash, schema
 from qvl_batch.api.certificate import Certificate
 from qvl_batch.api.parity import check_stack
 from qvl_batch.config import EmbedConfig
-from qvl_batch.errors import ConfigError, StorageError
+from qvl_batch.errors import ConfigError
 from qvl_batch.jobs.checkpoint import Model, QwenCheckpoint
 from qvl_batch.jobs.commit_loop import Tables
 from qvl_batch.jobs.identify import Units, identify
+from qvl_batch.jobs.leasing import new_run_id, refuse_open_replaces, take_leases
 from qvl_batch.jobs.manifest import Manifest, read_manifest
 from qvl_batch.jobs.modes import Appending, Replacing, Target, Upserting
 from qvl_batch.jobs.plan import Plan, plan_units
 from qvl_batch.jobs.stale import Stale, find_stale
 from qvl_batch.recipe import Recipe
-from qvl_batch.storage import Storage, is_local
+from qvl_batch.storage import Storage
 from qvl_batch.tables import staging
 from qvl_batch.tables.aliases import refuse_alias
-from qvl_batch.tables.conditional import ensure_exclusive
 from qvl_batch.tables.embedding_metadata import embedding_functions
 from qvl_batch.tables.layout import Partition, check_collection_name, partition_json
-from qvl_batch.tables.lease import Leases, lease_place
+from qvl_batch.tables.lease import Leases
 from qvl_batch.tables.ledger import check_recipe as check_table_recipe
 from qvl_batch.tables.rewrite import fence, replace_units
 from qvl_batch.tables.store import TableStore
@@ -95,11 +93,6 @@ class EmbedJob:
                 run_id=self.run_id,
                 planned_version=self.target.planned_version(name),
             )
-
-
-def new_run_id() -> str:
-    """Return an id that sorts by time and is no other run's."""
-    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
 
 
 def prepare(
@@ -188,53 +181,6 @@ def prepare(
         to_fence=to_fence,
         certificate=certificate,
     )
-
-
-def take_leases(
-    store: TableStore,
-    tables: Sequence[str],
-    run_id: str,
-    held: contextlib.ExitStack,
-    *,
-    ttl_s: float,
-    steal: bool,
-) -> tuple[Leases, list[str]]:
-    """Take the leases of tables; return them, and which tables are to be fenced once they exist.
-
-    A table that was taken over from a run that did not release it is fenced here, before anything
-    is read of it.
-
-    Raises:
-        LeaseHeldError: If another live run holds one of them.
-        StorageError: If the store lets two writers create the same object.
-    """
-    place = lease_place(store.root, store.storage)
-    if not is_local(store.root):
-        ensure_exclusive(place)
-    leases = held.enter_context(Leases(place, run_id, ttl_s=ttl_s))
-    absent = []
-    for name in leases.acquire(tables, steal=steal):
-        if store.open(name) is None:
-            absent.append(name)
-        else:
-            fence(store, name, run_id=run_id)
-    return leases, absent
-
-
-def refuse_open_replaces(store: TableStore, tables: Sequence[str]) -> None:
-    """Refuse to change tables that a replace is about to replace.
-
-    Raises:
-        StorageError: Naming the table.
-    """
-    present = set(store.names())
-    for name in tables:
-        if staging.PREFIX + name in present and staging.read(store, name) is not None:
-            raise StorageError(
-                f"A replace of table {name} was begun and not finished.",
-                "Run it again (output.mode: replace) until it is done, or give it up with "
-                f"`qvl-batch gc ROOT --give-up {name}`.",
-            )
 
 
 def _open_replaces(store: TableStore, units: Units, recipe: Recipe) -> dict[str, staging.Staged]:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from qvl_batch.tables import staging
 from qvl_batch.tables.commit import append, append_failures, find_commit
+from qvl_batch.tables.layout import FAILURES_TABLE
 from qvl_batch.tables.rewrite import publish, replace_units
 from qvl_batch.tables.store import TableStore
 
@@ -47,6 +48,7 @@ class Appending:
 
     def __init__(self, target: Target) -> None:
         self._target = target
+        self._failures_since: int | None = None
 
     def append(
         self, table: str, fragments: Fragments, marker: str, ordinals: npt.NDArray[np.int64]
@@ -63,8 +65,20 @@ class Appending:
         )
 
     def append_failures(self, rows: pa.Table, marker: str) -> None:
-        self._target.still_held()
-        append_failures(self._target.store, rows, marker=marker, run_id=self._target.run_id)
+        target = self._target
+        target.still_held()
+        if self._failures_since is None:
+            # No marker of this run stands before its first failure: thousands of versions of
+            # other runs need not be read.
+            present = target.store.open(FAILURES_TABLE)
+            self._failures_since = present.version if present is not None else 0
+        append_failures(
+            target.store,
+            rows,
+            marker=marker,
+            run_id=target.run_id,
+            planned_version=self._failures_since,
+        )
 
 
 class Upserting(Appending):

@@ -12,6 +12,7 @@ what they should be.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import time
@@ -44,6 +45,7 @@ def run_rerank(
     model: RerankModel | None = None,
     first_model: Model | None = None,
     retry_failed: bool = False,
+    steal: bool = False,
     echo: Callable[[str], None] = print,
 ) -> RerankReport:
     """Find candidates for the queries that have none, score what is not scored, set the ranks.
@@ -53,6 +55,7 @@ def run_rerank(
         model: Another reranker than the configured checkpoint (a small real one in tests).
         first_model: Another embedding model than the tables' own.
         retry_failed: Try again also what failed for good.
+        steal: Take partitions over from a run that still seems to be alive.
         echo: Takes lines for a person.
 
     Raises:
@@ -61,7 +64,19 @@ def run_rerank(
         LeaseHeldError: If another run writes the same partition.
     """
     started_s = time.monotonic()
-    job = prepare(config, model=model, first_model=first_model, retry_failed=retry_failed)
+    with contextlib.ExitStack() as held:
+        job = prepare(
+            config,
+            held,
+            model=model,
+            first_model=first_model,
+            retry_failed=retry_failed,
+            steal=steal,
+        )
+        return _drive(job, started_s, echo)
+
+
+def _drive(job: RerankJob, started_s: float, echo: Callable[[str], None]) -> RerankReport:
     plan = job.plan
     echo(
         f"{plan.num_queries:,} queries in {len(job.target.partitions)} partition(s): "
@@ -140,6 +155,7 @@ def retrieval_work(job: RerankJob, plan: QueryPlan, pools: Pools) -> Work:
     """Return the first half as the driver is to run it: its units are queries."""
     target = job.target
     partitions = {target.candidates(name): target.json(name) for name in target.partitions}
+    schemas = _written(job.candidates_schemas, plan.todo["_table"])
     return Work(
         run_id=job.run_id,
         markers=f"{job.run_id}/candidates",
@@ -156,8 +172,10 @@ def retrieval_work(job: RerankJob, plan: QueryPlan, pools: Pools) -> Work:
             partitions=partitions,
             run_id=job.run_id,
         ),
-        schemas=_written(job.candidates_schemas, plan.todo["_table"]),
+        schemas=schemas,
         planned_versions=plan.planned_versions,
+        commits=job.commits(plan.planned_versions),
+        make_ready=lambda: job.fence_created(list(schemas)),
         name=lambda ordinal: f"query {plan.todo['query_id'][ordinal].as_py()!r:.100}",
         commit=job.config.commit,
         limits=job.config.limits,
@@ -178,6 +196,7 @@ def pairs_work(
     book = open_queries(job, queries, pools)
     tally.query_media_decoded += book.num_parts
     reference = ray.put(book)
+    schemas = _written(job.scores_schemas, tables)
     return Work(
         run_id=job.run_id,
         markers=f"{job.run_id}/scores-{number}",
@@ -194,8 +213,10 @@ def pairs_work(
             partitions={name: target.json(name) for name in target.partitions},
             run_id=job.run_id,
         ),
-        schemas=_written(job.scores_schemas, tables),
+        schemas=schemas,
         planned_versions=plan.planned_versions,
+        commits=job.commits(plan.planned_versions),
+        make_ready=lambda: job.fence_created(list(schemas)),
         name=lambda ordinal: str(plan.media["uri"][ordinal].as_py()),
         commit=job.config.commit,
         limits=job.config.limits,
@@ -219,6 +240,7 @@ def _set_ranks(job: RerankJob, tally: Tally) -> None:
             waiting = incomplete(target, name, column_values(latest, "pair_id"))
             return ranks_to_set(latest.to_table(columns=_RANKED), waiting)
 
+        job.leases.check()
         tally.ranks_set += set_ranks(
             target.store,
             name,

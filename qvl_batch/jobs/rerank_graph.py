@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import ray
 
 from qvl_batch.jobs.cluster import Pools
-from qvl_batch.jobs.control import Load, MayStart, cause_of
+from qvl_batch.jobs.control import ControlAttempts, Load, MayStart, cause_of
 from qvl_batch.jobs.graph import beside, from_blocks, on_cpus, on_gpus
 from qvl_batch.jobs.limits import decode_limits, fetch_limits
 from qvl_batch.jobs.media_reader import ReadMedia
@@ -57,13 +57,17 @@ def pairs_graph(
     job: RerankJob, plan: PairPlan, book: Any, pools: Pools, control: Any
 ) -> Iterator[Any]:
     """Return the stream of references to blocks of media with the scores of their pairs."""
+    deaths = ControlAttempts(control), job.config.limits.max_worker_deaths
     decode = DecodeDocuments(
-        media=_reading(job, job.recipe, job.model.resize, None), may_start=MayStart(control)
+        media=_reading(job, job.recipe, job.model.resize, None),
+        may_start=MayStart(control),
+        attempts=deaths[0],
+        max_deaths=deaths[1],
     )
     load = Load(job.model, job.recipe, "load_engine", control)
     rows = from_blocks(cut_media(plan.media, job.recipe, job.config.pools.media_per_block))
     rows = on_cpus(rows, DocumentDecoder, decode, pools)
-    rows = on_gpus(rows, RerankPairs, (load, OpenBook(book)), pools)
+    rows = on_gpus(rows, RerankPairs, (load, OpenBook(book), *deaths), pools)
     return rows.iter_internal_ref_bundles()
 
 

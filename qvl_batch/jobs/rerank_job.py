@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,10 @@ import pyarrow.compute as pc
 from qvl_batch import schema
 from qvl_batch.config import DEFAULT_QUERY_INSTRUCTION, ModelSection
 from qvl_batch.errors import ConfigError, ModelError, RecipeMismatchError, StorageError
+from qvl_batch.jobs import modes
 from qvl_batch.jobs.checkpoint import Model, QwenCheckpoint, QwenReranker, RerankModel
 from qvl_batch.jobs.identify import tables_of
+from qvl_batch.jobs.leasing import new_run_id, take_leases
 from qvl_batch.jobs.rerank_plan import QueryPlan, Retries, Target, plan_queries, with_digests
 from qvl_batch.jobs.retrieve_stages import FirstStage
 from qvl_batch.media.queries import Labels, read_candidates, read_labels, read_queries
@@ -32,9 +33,11 @@ from qvl_batch.tables.layout import (
     VECTORS_KIND,
     check_collection_name,
 )
+from qvl_batch.tables.lease import Leases
 from qvl_batch.tables.ledger import table_kind, table_recipe
 from qvl_batch.tables.lists import read_lance
 from qvl_batch.tables.open import OpenTables
+from qvl_batch.tables.rewrite import fence
 from qvl_batch.tables.scores import CANDIDATES_KIND, SCORES_KIND, candidates_collection
 from qvl_batch.tables.search import SHORTLIST
 from qvl_batch.tables.store import TableStore
@@ -55,7 +58,10 @@ class First:
 
 @dataclass(frozen=True, kw_only=True)
 class RerankJob:
-    """A rerank run with everything decided: nothing is left to be wrong but the world."""
+    """A rerank run with everything decided: nothing is left to be wrong but the world.
+
+    ``to_fence`` has the tables that were not there when their lease was taken over from a dead run.
+    """
 
     config: RerankConfig
     run_id: str
@@ -71,20 +77,50 @@ class RerankJob:
     plan: QueryPlan
     candidates_schemas: dict[str, pa.Schema]
     scores_schemas: dict[str, pa.Schema]
+    leases: Leases
+    to_fence: Sequence[str]
+
+    def commits(self, planned_versions: Mapping[str, int]) -> modes.Appending:
+        """Return where rows go that were planned with these versions of the tables."""
+        return modes.Appending(
+            modes.Target(
+                store=self.target.store,
+                run_id=self.run_id,
+                planned_versions=planned_versions,
+                still_held=self.leases.check,
+            )
+        )
+
+    def fence_created(self, tables: Sequence[str]) -> None:
+        """Fence those of the tables that a dead run might still create rows in."""
+        for name in tables:
+            if name in self.to_fence:
+                fence(self.target.store, name, run_id=self.run_id)
 
 
 def prepare(
     config: RerankConfig,
+    held: contextlib.ExitStack,
     *,
     model: RerankModel | None = None,
     first_model: Model | None = None,
     retry_failed: bool = False,
+    steal: bool = False,
 ) -> RerankJob:
-    """Check everything that can be checked before Ray starts, and plan the first half.
+    """Check everything that can be checked before Ray starts, take the leases, plan the first half.
+
+    Args:
+        config: The job.
+        held: Gets the leases: closing it releases them.
+        model: Another reranker than the configured checkpoint.
+        first_model: Another embedding model than the tables' own.
+        retry_failed: Plan again also what failed for good.
+        steal: Take leases over from whoever holds them.
 
     Raises:
         InputError: If anything in the configuration, the queries, the models, the storage or the
             existing tables does not go together.
+        LeaseHeldError: If another live run works on one of the partitions.
     """
     storage = config.storage.to_storage()
     collection = check_collection_name(config.output.collection)
@@ -121,6 +157,15 @@ def prepare(
     store.check_writable()
     _refuse_other_collection(store, collection, recipe, first)
     target = Target(store=store, collection=collection, partitions=partitions)
+    run_id = new_run_id()
+    leases, to_fence = take_leases(
+        store,
+        [*partitions, *map(target.candidates, partitions)],
+        run_id,
+        held,
+        ttl_s=config.commit.lease_ttl_s,
+        steal=steal,
+    )
     retries = Retries(retry_failed=retry_failed, max_attempts=config.limits.max_attempts)
     plan = plan_queries(target, queries, given, retries)
     columns = [listed.rows.schema.field(key) for key in listed.partition_by]
@@ -131,7 +176,7 @@ def prepare(
     } | reranker.stated()
     return RerankJob(
         config=config,
-        run_id=f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}",
+        run_id=run_id,
         storage=storage,
         target=target,
         first=first,
@@ -152,6 +197,8 @@ def prepare(
             name: schema.scores(columns, stated | _names(SCORES_KIND, target, name))
             for name in partitions
         },
+        leases=leases,
+        to_fence=to_fence,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from qvl_batch import schema
 from qvl_batch.errors import CorruptMediaError, QvlError, UnitError
+from qvl_batch.jobs.deaths import Attempts, NoAttempts, run_carefully
 from qvl_batch.jobs.media_reader import ReadMedia, WantedMedium
 from qvl_batch.jobs.parts import Part, iter_parts, parts_array
 from qvl_batch.jobs.retrieve_stages import failures_array
@@ -47,10 +48,18 @@ class DecodeDocuments:
     """Fetches each medium once and decodes the segments that its pairs want.
 
     Adds ``_parts``, ``_failure`` and ``_work``. A text has no medium: its row holds it.
+
+    Args:
+        media: How they are read.
+        may_start: Asked with the first ordinal of a block; False once the run is stopping.
+        attempts: Knows on which blocks a worker has died.
+        max_deaths: Deaths of workers after which the medium they had at hand fails.
     """
 
     media: ReadMedia
     may_start: Callable[[int], bool] = lambda _: True
+    attempts: Attempts = field(default_factory=NoAttempts)
+    max_deaths: int = 3
 
     def open(self) -> DocumentDecoder:
         return DocumentDecoder(self)
@@ -64,20 +73,21 @@ class DocumentDecoder:
         self._reader = stage.media.open()
 
     def __call__(self, media: pa.Table) -> pa.Table:
-        started = self._stage.may_start(media["_ordinal"][0].as_py())
-        before = self._reader.num_fetched
-        read = self._read(media) if started else [NOT_STARTED] * media.num_rows
-        parts = [one if isinstance(one, list) else [] for one in read]
-        failures = [None if isinstance(one, list) else one for one in read]
-        work = _no_work(media.num_rows)
-        for counts, found in zip(work, parts, strict=True):
-            counts |= {"media_decoded": int(bool(found)), "parts_decoded": len(found)}
-        work[0]["media_fetched"] = self._reader.num_fetched - before
-        return (
-            media.append_column("_parts", parts_array(parts))
-            .append_column("_failure", failures_array(failures))
-            .append_column("_work", pa.array(work, schema.WORK))
+        if not self._stage.may_start(media["_ordinal"][0].as_py()):
+            return _documents(media, [NOT_STARTED] * media.num_rows)
+        return run_carefully(
+            media,
+            "decode",
+            self._decode,
+            lambda medium, failure: _documents(medium, [failure]),
+            self._stage.attempts,
+            self._stage.max_deaths,
         )
+
+    def _decode(self, media: pa.Table) -> pa.Table:
+        before = self._reader.num_fetched
+        read = self._read(media)
+        return _documents(media, read, num_fetched=self._reader.num_fetched - before)
 
     def _read(self, media: pa.Table) -> list[list[Part] | Mapping[str, Any]]:
         rows = media.select(["uri", "etag", "byte_offset", "byte_length", "kind"]).to_pylist()
@@ -100,6 +110,23 @@ class DocumentDecoder:
         return outcomes
 
 
+def _documents(
+    media: pa.Table, read: Sequence[list[Part] | Mapping[str, Any]], num_fetched: int = 0
+) -> pa.Table:
+    """Return media with what became of each: its decoded parts, or a `schema.FAILURE` value."""
+    parts = [one if isinstance(one, list) else [] for one in read]
+    failures = [None if isinstance(one, list) else one for one in read]
+    work = _no_work(media.num_rows)
+    for counts, found in zip(work, parts, strict=True):
+        counts |= {"media_decoded": int(bool(found)), "parts_decoded": len(found)}
+    work[0]["media_fetched"] = num_fetched
+    return (
+        media.append_column("_parts", parts_array(parts))
+        .append_column("_failure", failures_array(failures))
+        .append_column("_work", pa.array(work, schema.WORK))
+    )
+
+
 class RerankPairs:
     """Scores the pairs of a block of media: adds ``_scores`` (aligned with ``_pairs``).
 
@@ -109,11 +136,18 @@ class RerankPairs:
     Args:
         load: Gives the engine.
         open_queries: Gives what a query_id stands for.
+        attempts: Knows on which blocks a worker has died.
+        max_deaths: Deaths of workers after which all pairs of the medium they had at hand fail.
     """
 
     def __init__(
-        self, load: Callable[[], RerankerEngine], open_queries: Callable[[], Queries]
+        self,
+        load: Callable[[], RerankerEngine],
+        open_queries: Callable[[], Queries],
+        attempts: Attempts = NoAttempts(),
+        max_deaths: int = 3,
     ) -> None:
+        self._attempts, self._max_deaths = attempts, max_deaths
         self._broken: QvlError | None = None
         try:
             self._engine = load()
@@ -124,18 +158,12 @@ class RerankPairs:
     def __call__(self, decoded: pa.Table) -> pa.Table:
         if self._broken is not None:
             raise self._broken
-        scores, work = self._score(decoded)
-        values = pa.array(scores, schema.SCORE)
-        lists = decoded["_pairs"].combine_chunks()
-        offsets = pa.array(np.r_[0, np.cumsum(pc.list_value_length(lists))], pa.int32())
-        aligned = pa.ListArray.from_arrays(offsets, values)
-        added = decoded["_work"].to_pylist()
-        added[0] |= work
-        return (
-            decoded.drop_columns(["_parts", "_work"])
-            .append_column("_scores", aligned)
-            .append_column("_work", pa.array(added, schema.WORK))
+        return run_carefully(
+            decoded, "rerank", self._rerank, _not_scored, self._attempts, self._max_deaths
         )
+
+    def _rerank(self, decoded: pa.Table) -> pa.Table:
+        return _scored(decoded, *self._score(decoded))
 
     def _score(self, decoded: pa.Table) -> tuple[list[dict[str, Any]], dict[str, int]]:
         # Not above: it imports torch, which the driver can do without.
@@ -187,6 +215,26 @@ class RerankPairs:
                 results[place] = _score_value(result)
         after = _counts(self._engine)
         return results, {name: after[name] - before[name] for name in after}
+
+
+def _scored(
+    decoded: pa.Table, scores: Sequence[Mapping[str, Any]], work: Mapping[str, int]
+) -> pa.Table:
+    """Return media with the `schema.SCORE` values of all their pairs, and what they took."""
+    lists = decoded["_pairs"].combine_chunks()
+    offsets = pa.array(np.r_[0, np.cumsum(pc.list_value_length(lists))], pa.int32())
+    added = decoded["_work"].to_pylist()
+    added[0] |= work
+    return (
+        decoded.drop_columns(["_parts", "_work"])
+        .append_column("_scores", pa.ListArray.from_arrays(offsets, pa.array(scores, schema.SCORE)))
+        .append_column("_work", pa.array(added, schema.WORK))
+    )
+
+
+def _not_scored(medium: pa.Table, failure: dict[str, Any]) -> pa.Table:
+    num_pairs = pc.sum(pc.list_value_length(medium["_pairs"])).as_py()
+    return _scored(medium, [{"failure": failure}] * num_pairs, {})
 
 
 def _document(text: str | None, vision: Vision | None, uri: str | None) -> EmbedInput:

@@ -238,14 +238,14 @@ def stamps_since(
 ) -> list[Stamp]:
     """Return the stamps of the versions in ``(since, latest]``, oldest first.
 
-    Each version is read once per store. A version that cleaning has removed is left out.
+    Each version is read once per store. A version that cleaning has removed is left out, and not
+    looked for again: a commit that comes later costs what it costs now.
     """
     known = store.stamps.setdefault(table, {})
-    wanted = [v for v in range(since + 1, latest.version + 1) if v not in known]
+    versions = range(since + 1, latest.version + 1)
     # One after the other: a dataset handle can not be used by two threads ("Already borrowed").
-    read = [_read_stamp(latest, version) for version in wanted]
-    known |= {stamp.version: stamp for stamp in read if stamp is not None}
-    return [known[v] for v in range(since + 1, latest.version + 1) if v in known]
+    known |= {v: _read_stamp(latest, v) for v in versions if v not in known}
+    return [stamp for v in versions if (stamp := known[v]) is not None]
 
 
 def check_files(store: TableStore, table: str, fragments: Iterable[WrittenFragment]) -> None:

@@ -121,11 +121,14 @@ def publish(
     )
 
 
-def fence(store: TableStore, table: str, *, run_id: str) -> int:
+def fence(store: TableStore, table: str, *, run_id: str, since: int = 0) -> int:
     """Make Lance refuse whatever a former holder of the table had prepared; return the version.
 
     A ``Restore`` of the present version: rows and indexes stay, and every Append, Update, Delete
     and Overwrite that was based on an earlier version is refused from now on (measured).
+
+    Args:
+        since: A version from before this run; only what follows is searched for an earlier fence.
     """
     return commit_once(
         store,
@@ -133,7 +136,7 @@ def fence(store: TableStore, table: str, *, run_id: str) -> int:
         lambda latest: lance.LanceOperation.Restore(latest.version),
         marker=f"{run_id}/fence/{table}",
         run_id=run_id,
-        since=0,
+        since=since,
         exclusive=False,
     )
 

@@ -131,8 +131,9 @@ class TableStore:
     def __init__(self, root: str, storage: Storage | None = None) -> None:
         self.root = normal_root(root)
         self.storage = storage or Storage()
-        # A committed version never changes, so a transaction is read once: {table: {version: …}}.
-        self.stamps: dict[str, dict[int, Stamp]] = {}
+        # A committed version never changes, so a transaction is read once: {table: {version: …}};
+        # None: cleaning has removed it.
+        self.stamps: dict[str, dict[int, Stamp | None]] = {}
 
     def __reduce__(self) -> tuple[type[TableStore], tuple[str, Storage]]:
         return type(self), (self.root, self.storage)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -71,9 +72,11 @@ def test_the_demo_can_be_run_again_and_embeds_nothing(demo):
 def test_the_commands_that_the_demo_names_work(demo):
     folder, printed = demo
     named = [line.strip() for line in printed.splitlines() if line.startswith("  qvl-batch ")]
-    for line in named[:3]:
-        run(*line.split()[1:], cwd=folder)
-    assert [line.split()[1] for line in named[:3]] == ["manifest", "embed", "verify"]
+    for line in named[:6]:
+        run(*shlex.split(line)[1:], cwd=folder)
+    steps = ["manifest", "embed", "verify", "index", "rerank", "search"]
+    assert [line.split()[1] for line in named[:6]] == steps
+    assert (folder / "hits.html").exists()
 
 
 def test_the_script_for_ray_jobs_is_the_same_job(demo):

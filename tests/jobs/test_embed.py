@@ -39,7 +39,7 @@ def by_row_id(rows):
 
 
 def test_a_corpus_becomes_tables_once_and_answers(corpus, make_job):
-    from qvl_batch.demo.run import answer
+    from tests.demo_answers import answer
 
     job = make_job(str(corpus.media_dir))
     report = run_embed(job.config())

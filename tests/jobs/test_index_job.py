@@ -83,7 +83,7 @@ def test_commands_say_what_they_did(store, capsys) -> None:
     assert code == 0
     assert out.count("200 rows, too small") == 3
     assert "0 of 3 table(s) have a published index, 3 too small for one" in out
-    code, out, _ = command(capsys, "compact", store.root, "--where", "dt=2", *options(store))
+    code, out, _ = command(capsys, "compact", store.root, "--partition", "dt=2", *options(store))
     assert (code, out) == (
         0,
         "media__dt-2: 200 rows, 2 fragments are now 1\n1 of 1 table(s) compacted\n",
@@ -226,9 +226,9 @@ def test_wrong_inputs(tmp_path, capsys) -> None:
     make(store, 10)
     for arguments, said in (
         (["index", store.root, "--collection", "pages"], "no collection 'pages'"),
-        (["index", store.root, "--where", "day=1"], "day"),
-        (["index", store.root, "--where", "dt=9"], "No table passes dt=9"),
-        (["index", store.root, "--where", "dt"], "operator"),
+        (["index", store.root, "--partition", "day=1"], "day"),
+        (["index", store.root, "--partition", "dt=9"], "No table passes dt=9"),
+        (["index", store.root, "--partition", "dt"], "operator"),
         (["index", store.root, "--recall", "1.5"], "recall is 1.5"),
         (["index", store.root, "--max-nprobes", "0"], "max_nprobes is 0"),
         (["compact", store.root, "--collection", "pages"], "no collection 'pages'"),

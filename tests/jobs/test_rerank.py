@@ -13,13 +13,13 @@ from qvl_batch import Reranker
 from qvl_batch.demo.checkpoint import embedding_dir
 from qvl_batch.demo.corpus import write_corpus
 from qvl_batch.demo.queries import DEMO_QUERIES
-from qvl_batch.demo.run import answer
 from qvl_batch.errors import ConfigError, ManifestError, ModelError, RecipeMismatchError
 from qvl_batch.jobs.embed import run_embed
 from qvl_batch.jobs.rerank import run_rerank
 from qvl_batch.jobs.verify import verify
 from qvl_batch.storage import Storage
 from qvl_batch.units import pair_id
+from tests.demo_answers import answer
 from tests.jobs.conftest import Job
 from tests.jobs.rerank_jobs import RERANKER, RerankRun, write_lines
 
