@@ -56,6 +56,10 @@ def take_leases(
             absent.append(name)
         else:
             fence(store, name, run_id=run_id, since=dataset.version)
+        # What a replace has finished is published as it stands there.
+        dataset = store.open(staging.PREFIX + name)
+        if dataset is not None:
+            fence(store, staging.PREFIX + name, run_id=run_id, since=dataset.version)
     return leases, absent
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from qvl_batch import crash
-from qvl_batch.tables.lease import holders, lease_place
 from tests.faults import forked, scenario
 from tests.faults.first_states import FirstStates
-from tests.faults.matrix import MANIFEST, Setting
+from tests.faults.matrix import Setting
 
 TTL_S = 5.0
 
@@ -41,19 +40,6 @@ def wait_for(condition, timeout_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "it did not come to that in time"
         time.sleep(0.02)
-
-
-def holding_pids(setting: Setting) -> set[int]:
-    """Return the processes that hold a table and have not released it."""
-    place = lease_place(setting.root, setting.storage)
-    return {holder.pid for holder in holders(place) if not holder.is_released}
-
-
-def has_committed(setting: Setting, units: int) -> bool:
-    from qvl_batch.tables.store import TableStore
-
-    store = TableStore(setting.root, setting.storage)
-    return sum(store.open_existing(scenario.table_of(day)).count_rows() for day in scenario.DAYS) > units
 
 
 def num_rows(setting: Setting) -> int:
@@ -86,11 +72,31 @@ def test_a_killed_driver_is_taken_over(setting) -> None:
     assert setting.outcome().is_right
 
 
-@pytest.mark.parametrize("mode", ["append", "upsert", "replace"])
-@pytest.mark.parametrize("place", ["before-commit", "between-partitions", "after-fragment-write"])
-def test_who_slept_past_its_lease_can_not_commit(first, tmp_path, place, mode) -> None:
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+SLEEPS = [
+    ("append", "before-commit", 2),
+    long("append", "between-partitions", 1),
+    ("upsert", "before-commit", 2),
+    long("late-upsert", "delete", 2),
+    long("replace", "create-table", 5),
+    long("replace", "replace-begin", 2),
+    # Of three tables, each with a fence and a beginning, then what is recorded of the first.
+    long("replace", "before-commit", 4),
+    ("replace", "before-commit", 8),
+    long("replace", "replace-publish", 2),
+    long("replace", "replace-close", 2),
+]
+
+
+@pytest.mark.parametrize(("mode", "place", "nth"), SLEEPS)
+def test_who_slept_past_its_lease_can_not_commit(first, tmp_path, mode, place, nth) -> None:
     setting = Setting.of(mode, False, 1, "local", tmp_path, first)
-    sleeper = start(setting, "sleeper", **{crash.ENVIRONMENT: f"stop:{place}:2"})
+    token = tmp_path / "token"
+    token.touch()
+    sleeper = start(setting, "sleeper", **{crash.ENVIRONMENT: f"stop:{place}:{nth}:{token}"})
     wait_for(lambda: is_stopped(sleeper.pid))
     time.sleep(TTL_S + 0.5)
     heir = start(setting, "heir")
@@ -98,10 +104,37 @@ def test_who_slept_past_its_lease_can_not_commit(first, tmp_path, place, mode) -
     rows = num_rows(setting)
     os.kill(sleeper.pid, signal.SIGCONT)
     assert sleeper.wait() == 3, sleeper.output()
-    assert "lease" in sleeper.output()
+    assert "error: " in sleeper.output()
     assert num_rows(setting) == rows
     found = setting.outcome()
     assert found.is_right, found
+
+
+@pytest.mark.parametrize(("place", "nth"), [("create-table", 5), ("before-commit", 8)])
+def test_who_wakes_while_its_heir_replaces_does_no_harm(first, tmp_path, place, nth) -> None:
+    setting = Setting.of("replace", False, 1, "local", tmp_path, first)
+    token = tmp_path / "token"
+    token.touch()
+    sleeper = start(setting, "sleeper", **{crash.ENVIRONMENT: f"stop:{place}:{nth}:{token}"})
+    wait_for(lambda: is_stopped(sleeper.pid))
+    time.sleep(TTL_S + 0.5)
+    # The heir rests before it publishes: the sleeper wakes in the middle of its work.
+    heir = start(setting, "heir", 0.7)
+    wait_for(lambda: num_staged(setting) > 1)
+    os.kill(sleeper.pid, signal.SIGCONT)
+    assert sleeper.wait() == 3, sleeper.output()
+    assert heir.wait() == 0, heir.output()
+    found = setting.outcome()
+    assert found.is_right, found
+
+
+def num_staged(setting: Setting) -> int:
+    """Return how many parts of the new content are recorded."""
+    from qvl_batch.tables import staging
+    from qvl_batch.tables.store import TableStore
+
+    found = staging.open_replaces(TableStore(setting.root, setting.storage))
+    return sum(len(staged.fragments) for staged in found.values())
 
 
 def is_stopped(pid: int) -> bool:
