@@ -66,14 +66,7 @@ class FirstStates:
                 scenario.write_config(config, manifest, made, storage, "append")
                 commands.embed(str(config))
             self._made[key] = made
-        if is_local(root):
-            shutil.copytree(self._made[key], root)
-        else:
-            files = storage.filesystem(root)
-            old = files.find(self._made[key])
-            made, new = (files._strip_protocol(uri) for uri in (self._made[key], root))
-            files.copy(old, [new + path.removeprefix(made) for path in old])
-            note_exclusive(lease_place(root, storage))
+        copy_root(self._made[key], root, storage)
         return root, storage
 
     def _place(self, store: str, folder: Path) -> tuple[str, Storage]:
@@ -83,6 +76,18 @@ class FirstStates:
         root = f"s3://{self._bucket}/{uuid.uuid4().hex}/vectors"
         note_exclusive(lease_place(root, self._storage))
         return root, self._storage
+
+
+def copy_root(made: str, root: str, storage: Storage) -> None:
+    """Copy everything under a root to a new one on the same store."""
+    if is_local(root):
+        shutil.copytree(made, root)
+        return
+    files = storage.filesystem(root, use_listings_cache=False)
+    old = files.find(made)
+    before, after = (files._strip_protocol(uri) for uri in (made, root))
+    files.copy(old, [after + path.removeprefix(before) for path in old])
+    note_exclusive(lease_place(root, storage))
 
 
 def make_bucket(storage: Storage) -> str:

@@ -79,12 +79,12 @@ def units_after(before: list[Unit], rng: random.Random) -> list[Unit]:
     return kept + [Unit(f"/media/{day}/new-{n}", "v1", day) for day in DAYS for n in range(3)]
 
 
-def write_manifest(path: Path, units: list[Unit]) -> None:
-    """Write a manifest that is partitioned by day."""
+def write_manifest(path: Path, units: list[Unit], kinds: list[str] | None = None) -> None:
+    """Write a manifest that is partitioned by day; all are images where no kinds are given."""
     rows = pa.table(
         {
             "uri": [u.uri for u in units],
-            "kind": pa.repeat("image", len(units)),
+            "kind": kinds or ["image"] * len(units),
             "etag": [u.etag for u in units],
             "dt": [u.day for u in units],
         },
