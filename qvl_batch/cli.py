@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 from qvl_batch import __version__
+from qvl_batch.cli_options import EndpointUrl, Json, Region, Root, Set, Steal
+from qvl_batch.cli_upkeep import upkeep
 from qvl_batch.errors import ConfigError, QvlError
 from qvl_batch.storage import Storage
 
@@ -25,18 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-EndpointUrl = Annotated[
-    str | None, typer.Option(help="S3 endpoint other than Amazon's (or AWS_ENDPOINT_URL).")
-]
-Region = Annotated[str | None, typer.Option(help="S3 region.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-Root = Annotated[str, typer.Argument(help="output.root of the runs.")]
-Collection = Annotated[str | None, typer.Option(help="Only the tables of this one.")]
-Partition = Annotated[
-    list[str] | None, typer.Option(help="Only these tables: --partition 'dt>=2026-01-01'.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -117,67 +107,41 @@ def init(
 @app.command()
 def embed(
     config: Annotated[str, typer.Argument(help="Configuration file (qvl-batch init writes one).")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key: --set recipe.dim=512.")
-    ] = None,
+    set_: Set = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N units.")] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try again what failed for good, too.")
     ] = False,
+    steal: Steal = False,
 ) -> None:
     """Embed what is left of a manifest into LanceDB tables; run it again to continue."""
     from qvl_batch.config import load_config
     from qvl_batch.jobs.embed import run_embed
 
     overrides = [*(set_ or []), *([f"input.limit={limit}"] if limit is not None else [])]
-    report = run_embed(load_config(config, overrides), retry_failed=retry_failed)
+    report = run_embed(load_config(config, overrides), retry_failed=retry_failed, steal=steal)
     raise typer.Exit(report.exit_code)
 
 
 @app.command()
 def rerank(
     config: Annotated[str, typer.Argument(help="Configuration (qvl-batch init --job rerank).")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key: --set search.top_k=20.")
-    ] = None,
+    set_: Set = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N queries.")] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try again what failed for good, too.")
     ] = False,
+    steal: Steal = False,
 ) -> None:
     """Find candidates for queries and score them into tables; run it again to continue."""
     from qvl_batch.jobs.rerank import run_rerank
     from qvl_batch.rerank_config import load_rerank_config
 
     overrides = [*(set_ or []), *([f"input.limit={limit}"] if limit is not None else [])]
-    report = run_rerank(load_rerank_config(config, overrides), retry_failed=retry_failed)
-    raise typer.Exit(report.exit_code)
-
-
-@app.command()
-def verify(
-    root: Root,
-    manifest: Annotated[str | None, typer.Option(help="The manifest that was embedded.")] = None,
-    collection: Annotated[str | None, typer.Option(help="Where the root holds several.")] = None,
-    partition_by: Annotated[
-        str | None, typer.Option(help="Comma-separated columns, as output.partition_by had them.")
-    ] = None,
-    json: Json = False,
-    endpoint_url: EndpointUrl = None,
-    region: Region = None,
-) -> None:
-    """Prove that every unit is done or failed, none twice, every segment and file there."""
-    from qvl_batch.jobs.verify import verify as run_verify
-
-    report = run_verify(
-        root,
-        Storage.of(endpoint_url=endpoint_url, region=region),
-        manifest=manifest,
-        collection=collection,
-        partition_by=partition_by.split(",") if partition_by else None,
+    report = run_rerank(
+        load_rerank_config(config, overrides), retry_failed=retry_failed, steal=steal
     )
-    print(report.to_json() if json else report)
-    raise typer.Exit(1 if report.problems else 0)
+    raise typer.Exit(report.exit_code)
 
 
 @app.command()
@@ -285,99 +249,6 @@ def compare(
 
 
 @app.command()
-def index(
-    root: Root,
-    collection: Collection = None,
-    partition: Partition = None,
-    recall: Annotated[
-        float, typer.Option(help="Least share of the exhaustive top 10 that an index must find.")
-    ] = 0.99,
-    max_nprobes: Annotated[
-        int | None, typer.Option(help="Most lists that a query may read; without it a quarter.")
-    ] = None,
-    local: Annotated[bool, typer.Option("--local", help="Work here, without Ray.")] = False,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster (or RAY_ADDRESS); a local one without it.")
-    ] = None,
-    json: Json = False,
-    endpoint_url: EndpointUrl = None,
-    region: Region = None,
-) -> None:
-    """Build or refresh the indexes of tables; publish those whose measured recall suffices."""
-    from qvl_batch.jobs.index import run_index
-    from qvl_batch.tables.index import IndexRules
-
-    report = run_index(
-        root,
-        Storage.of(endpoint_url=endpoint_url, region=region),
-        collection=collection,
-        where=partition or [],
-        rules=IndexRules(recall=recall, max_nprobes=max_nprobes),
-        local=local,
-        address=address,
-        echo=_nowhere if json else print,
-    )
-    print(report.to_json() if json else report)
-    raise typer.Exit(report.exit_code)
-
-
-@app.command()
-def compact(
-    root: Root,
-    collection: Collection = None,
-    partition: Partition = None,
-    steal: Annotated[
-        bool, typer.Option("--steal", help="Take a table from a killed run at once.")
-    ] = False,
-    json: Json = False,
-    endpoint_url: EndpointUrl = None,
-    region: Region = None,
-) -> None:
-    """Write many small files of a table anew as few large ones; its rows and indexes stay."""
-    from qvl_batch.jobs.maintenance import run_compact
-
-    report = run_compact(
-        root,
-        Storage.of(endpoint_url=endpoint_url, region=region),
-        collection=collection,
-        where=partition or [],
-        steal=steal,
-        echo=_nowhere if json else print,
-    )
-    print(report.to_json() if json else report)
-    raise typer.Exit(report.exit_code)
-
-
-@app.command()
-def gc(
-    root: Root,
-    older_than: Annotated[
-        str, typer.Option(help="Longer than any run takes: 7d, 36h; at least 1h.")
-    ] = "7d",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
-    json: Json = False,
-    endpoint_url: EndpointUrl = None,
-    region: Region = None,
-) -> None:
-    """Remove old versions of tables, and files that no version refers to."""
-    from qvl_batch.jobs.maintenance import parse_age, run_gc
-
-    report = run_gc(
-        root,
-        Storage.of(endpoint_url=endpoint_url, region=region),
-        older_than=parse_age(older_than),
-        dry_run=dry_run,
-        echo=_nowhere if json else print,
-    )
-    print(report.to_json() if json else report)
-    raise typer.Exit(report.exit_code)
-
-
-def _nowhere(_: str) -> None:
-    """Take a line for a person where only JSON is wanted."""
-
-
-@app.command()
 def doctor(
     model: Annotated[str, typer.Option(help="Folder of an embedding checkpoint.")],
     golden: Annotated[str, typer.Option(help="Folder of golden outputs.")],
@@ -400,6 +271,9 @@ def demo(
     from qvl_batch.demo.run import run_demo
 
     raise typer.Exit(run_demo(out))
+
+
+app.add_typer(upkeep)
 
 
 def main(arguments: list[str] | None = None) -> None:

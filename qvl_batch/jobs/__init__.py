@@ -1,1 +1,1 @@
-"""The Ray jobs: plan, embed, verify."""
+"""The Ray jobs: embed, rerank, index; and what proves and keeps their tables."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 from qvl_batch import __version__
 from qvl_batch.config import ModelSection
@@ -16,6 +16,8 @@ from qvl_batch.recipe import Recipe, RerankRecipe
 from qvl_batch.rerank_config import RerankerSection
 from qvl_batch.storage import Storage
 from qvl_batch.units import Engine
+
+Section = TypeVar("Section", ModelSection, RerankerSection)
 
 
 class Model(Protocol):
@@ -74,19 +76,17 @@ class RerankModel(Protocol):
 
 
 @dataclass(frozen=True)
-class QwenCheckpoint:
-    """A Qwen3-VL-Embedding checkpoint: a local folder, a hub id, or an object-store folder."""
+class _Checkpoint(Generic[Section]):
+    """A checkpoint: a local folder, a hub id, or an object-store folder."""
 
-    section: ModelSection
+    section: Section
     storage: Storage
     batch_tokens: int | Literal["auto"] = "auto"
     threads: int | None = None
     resize: str = "qvl_batch.model.resize:resize_frame"
 
     @classmethod
-    def of(
-        cls, section: ModelSection, storage: Storage, batch_tokens: int | Literal["auto"]
-    ) -> QwenCheckpoint:
+    def of(cls, section: Section, storage: Storage, batch_tokens: int | Literal["auto"]) -> Self:
         """Return the checkpoint with a local folder made absolute: workers run elsewhere."""
         if os.path.isdir(section.path):
             section = section.model_copy(update={"path": os.path.abspath(section.path)})
@@ -102,6 +102,11 @@ class QwenCheckpoint:
         from qvl_batch.model.load import weights_digest
 
         return weights_digest(self.folder())
+
+
+@dataclass(frozen=True)
+class QwenCheckpoint(_Checkpoint[ModelSection]):
+    """A Qwen3-VL-Embedding checkpoint."""
 
     def dim(self) -> int:
         from qvl_batch.model.load import full_dim
@@ -144,34 +149,8 @@ class QwenCheckpoint:
 
 
 @dataclass(frozen=True)
-class QwenReranker:
-    """A Qwen3-VL-Reranker checkpoint: a local folder, a hub id, or an object-store folder."""
-
-    section: RerankerSection
-    storage: Storage
-    batch_tokens: int | Literal["auto"] = "auto"
-    threads: int | None = None
-    resize: str = "qvl_batch.model.resize:resize_frame"
-
-    @classmethod
-    def of(
-        cls, section: RerankerSection, storage: Storage, batch_tokens: int | Literal["auto"]
-    ) -> QwenReranker:
-        """Return the checkpoint with a local folder made absolute: workers run elsewhere."""
-        if os.path.isdir(section.path):
-            section = section.model_copy(update={"path": os.path.abspath(section.path)})
-        return cls(section, storage, batch_tokens)
-
-    def folder(self) -> Path:
-        """Return the folder on this node, fetched if need be; not kept, since nodes differ."""
-        from qvl_batch.model.load import resolve_model
-
-        return resolve_model(self.section.path, self.section.revision, self.storage)
-
-    def digest(self) -> str:
-        from qvl_batch.model.load import weights_digest
-
-        return weights_digest(self.folder())
+class QwenReranker(_Checkpoint[RerankerSection]):
+    """A Qwen3-VL-Reranker checkpoint."""
 
     def check(self) -> None:
         from qvl_batch.model.load import check_folder, load_head_rows

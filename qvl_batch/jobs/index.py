@@ -113,6 +113,8 @@ def run_index(
 ) -> IndexReport:
     """Bring the indexes of these tables to their present rows; publish what passes.
 
+    No lease is taken: an index changes no rows, and runs may append while one is built.
+
     Args:
         where: Filters over partition values; see `chosen.vector_tables`.
         local: Work in this process alone, without Ray.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -9,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from qvl_batch.errors import ConfigError, QvlError
+from qvl_batch.errors import ConfigError, QvlError, StorageError
 from qvl_batch.jobs.chosen import all_tables, exit_code_of, vector_tables
+from qvl_batch.jobs.leasing import new_run_id, take_leases
 from qvl_batch.storage import Storage
+from qvl_batch.tables import staging
 from qvl_batch.tables.garbage import LONGEST_RUN, Collected, gc, held_tables
 from qvl_batch.tables.maintenance import Compacted, compact
 from qvl_batch.tables.store import TableStore
@@ -126,6 +129,33 @@ def run_gc(
     return _each(
         names, lambda name: gc(store, name, older_than, dry_run=dry_run, held=held), line, echo
     )
+
+
+def give_up(
+    root: str,
+    storage: Storage,
+    table: str,
+    *,
+    steal: bool = False,
+    echo: Callable[[str], None] = print,
+) -> None:
+    """Close an open replace of a table: what it had written is for `gc`, the table stays as it is.
+
+    Raises:
+        StorageError: If no replace of the table is open.
+        LeaseHeldError: If a run is at it.
+    """
+    store = TableStore(root, storage)
+    with contextlib.ExitStack() as held:
+        run_id = new_run_id()
+        take_leases(store, [table], run_id, held, steal=steal)
+        found = staging.open_replaces(store)
+        if table not in found:
+            there = f"Open are those of {', '.join(sorted(found))}." if found else "None is open."
+            raise StorageError(f"No replace of table {table!r} is open.", there)
+        staging.close(store, table, found[table].session, run_id=run_id)
+        units = len(found[table].units)
+    echo(f"{table}: the replace of session {found[table].session} is given up, {units:,} units")
 
 
 def parse_age(text: str) -> timedelta:

@@ -34,9 +34,7 @@ from qvl_batch.jobs.rerank_report import RerankReport, Tally, write_rerank_repor
 from qvl_batch.jobs.rerank_stages import WriteScores
 from qvl_batch.jobs.retrieve_stages import WriteCandidates
 from qvl_batch.rerank_config import RerankConfig
-from qvl_batch.tables.scores import column_values, ranks_to_set, set_ranks
-
-_RANKED = ["pair_id", "query_id", "rerank_score", "rank_before", "rank_after"]
+from qvl_batch.tables.scores import RANKED, column_values, ranks_to_set, set_ranks
 
 
 def run_rerank(
@@ -238,7 +236,7 @@ def _set_ranks(job: RerankJob, tally: Tally) -> None:
 
         def ranks(latest: object, name: str = name) -> pa.Table:
             waiting = incomplete(target, name, column_values(latest, "pair_id"))
-            return ranks_to_set(latest.to_table(columns=_RANKED), waiting)
+            return ranks_to_set(latest.to_table(columns=RANKED), waiting)
 
         job.leases.check()
         tally.ranks_set += set_ranks(

@@ -25,6 +25,7 @@ from qvl_batch.media.queries import Labels, read_candidates, read_labels, read_q
 from qvl_batch.recipe import Recipe, RerankRecipe, differences
 from qvl_batch.rerank_config import RerankConfig
 from qvl_batch.storage import Storage
+from qvl_batch.tables.aliases import resolve
 from qvl_batch.tables.filters import filter_of
 from qvl_batch.tables.layout import (
     COLLECTION_METADATA,
@@ -240,7 +241,8 @@ def _first_stage(
     search = config.search
     store = TableStore(search.root, storage)
     opening = OpenTables(store)
-    tables = opening.of(search.collection)
+    collection = resolve(store, search.collection)
+    tables = opening.of(collection)
     some = next(iter(tables.values()), None)
     if some is None or table_kind(some) != VECTORS_KIND:
         there = ", ".join(opening.collections())
@@ -255,7 +257,7 @@ def _first_stage(
     instruction = search.query_instruction or metadata.get("qvl.query_instruction")
     instruction = instruction or DEFAULT_QUERY_INSTRUCTION
     shortlist = max(SHORTLIST, 2 * search.top_k)
-    stated: dict[str, Any] = {"collection": search.collection, "given": not searches}
+    stated: dict[str, Any] = {"collection": collection, "given": not searches}
     if searches:
         stated |= {
             "top_k": search.top_k,
@@ -270,7 +272,7 @@ def _first_stage(
         digest = model.digest()
         if digest != recipe.model_digest:
             raise ModelError(
-                f"The tables of {search.collection} were made by the model "
+                f"The tables of {collection} were made by the model "
                 f"{recipe.model_digest[:16]}, search.model has {digest[:16]}.",
                 "Give the model that made them as search.model and search.revision.",
             )

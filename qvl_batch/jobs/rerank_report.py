@@ -49,7 +49,8 @@ class Tally:
 
     def searched(self, counts: Counts) -> None:
         self.queries_searched = counts.embedded
-        self.queries_failed = counts.failed
+        # Not all failures are of queries: some are of given rows that no table holds.
+        self.queries_failed = counts.work["queries_failed"]
         self.candidates_found = counts.rows
         self._add(counts)
 
@@ -99,6 +100,7 @@ class RerankReport:
     queries_failed: int
     queries_not_reached: int
     candidates_found: int
+    candidates_missing: int
     num_pairs: int
     pairs_scored_before: int
     pairs_failed_before: int
@@ -158,6 +160,7 @@ class RerankReport:
             queries_failed=tally.queries_failed,
             queries_not_reached=plan.todo.num_rows - tally.queries_searched - tally.queries_failed,
             candidates_found=tally.candidates_found,
+            candidates_missing=work["rows_missing"],
             num_pairs=tally.pairs,
             pairs_scored_before=tally.pairs_scored_before,
             pairs_failed_before=tally.pairs_failed_before,
@@ -188,9 +191,10 @@ class RerankReport:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
+        missing = f", {self.candidates_missing:,} not there" if self.candidates_missing else ""
         lines = [
             f"run {self.run_id}: {self.queries_searched:,} queries searched "
-            f"({self.candidates_found:,} candidates), {self.queries_failed:,} failed, "
+            f"({self.candidates_found:,} candidates{missing}), {self.queries_failed:,} failed, "
             f"{self.queries_found_before:,} had candidates, "
             f"{self.queries_failed_before:,} failed before",
             f"{self.pairs_scored:,} pairs scored, {self.pairs_failed:,} failed, "

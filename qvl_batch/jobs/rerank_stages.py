@@ -48,12 +48,6 @@ class DecodeDocuments:
     """Fetches each medium once and decodes the segments that its pairs want.
 
     Adds ``_parts``, ``_failure`` and ``_work``. A text has no medium: its row holds it.
-
-    Args:
-        media: How they are read.
-        may_start: Asked with the first ordinal of a block; False once the run is stopping.
-        attempts: Knows on which blocks a worker has died.
-        max_deaths: Deaths of workers after which the medium they had at hand fails.
     """
 
     media: ReadMedia
@@ -74,12 +68,12 @@ class DocumentDecoder:
 
     def __call__(self, media: pa.Table) -> pa.Table:
         if not self._stage.may_start(media["_ordinal"][0].as_py()):
-            return _documents(media, [NOT_STARTED] * media.num_rows)
+            return _decoded(media, [NOT_STARTED] * media.num_rows, 0)
         return run_carefully(
             media,
             "decode",
             self._decode,
-            lambda medium, failure: _documents(medium, [failure]),
+            lambda medium, failure: _decoded(medium, [failure], 0),
             self._stage.attempts,
             self._stage.max_deaths,
         )
@@ -87,7 +81,7 @@ class DocumentDecoder:
     def _decode(self, media: pa.Table) -> pa.Table:
         before = self._reader.num_fetched
         read = self._read(media)
-        return _documents(media, read, num_fetched=self._reader.num_fetched - before)
+        return _decoded(media, read, self._reader.num_fetched - before)
 
     def _read(self, media: pa.Table) -> list[list[Part] | Mapping[str, Any]]:
         rows = media.select(["uri", "etag", "byte_offset", "byte_length", "kind"]).to_pylist()
@@ -110,10 +104,10 @@ class DocumentDecoder:
         return outcomes
 
 
-def _documents(
-    media: pa.Table, read: Sequence[list[Part] | Mapping[str, Any]], num_fetched: int = 0
+def _decoded(
+    media: pa.Table, read: Sequence[list[Part] | Mapping[str, Any]], num_fetched: int
 ) -> pa.Table:
-    """Return media with what became of each: its decoded parts, or a `schema.FAILURE` value."""
+    """Return media and what became of them."""
     parts = [one if isinstance(one, list) else [] for one in read]
     failures = [None if isinstance(one, list) else one for one in read]
     work = _no_work(media.num_rows)
@@ -137,7 +131,7 @@ class RerankPairs:
         load: Gives the engine.
         open_queries: Gives what a query_id stands for.
         attempts: Knows on which blocks a worker has died.
-        max_deaths: Deaths of workers after which all pairs of the medium they had at hand fail.
+        max_deaths: Deaths of workers after which the pairs of the medium at hand fail.
     """
 
     def __init__(
@@ -159,11 +153,27 @@ class RerankPairs:
         if self._broken is not None:
             raise self._broken
         return run_carefully(
-            decoded, "rerank", self._rerank, _not_scored, self._attempts, self._max_deaths
+            decoded,
+            "rerank",
+            self._judge,
+            lambda medium, failure: self._judge(_failed(medium, failure)),
+            self._attempts,
+            self._max_deaths,
         )
 
-    def _rerank(self, decoded: pa.Table) -> pa.Table:
-        return _scored(decoded, *self._score(decoded))
+    def _judge(self, decoded: pa.Table) -> pa.Table:
+        scores, work = self._score(decoded)
+        values = pa.array(scores, schema.SCORE)
+        lists = decoded["_pairs"].combine_chunks()
+        offsets = pa.array(np.r_[0, np.cumsum(pc.list_value_length(lists))], pa.int32())
+        aligned = pa.ListArray.from_arrays(offsets, values)
+        added = decoded["_work"].to_pylist()
+        added[0] |= work
+        return (
+            decoded.drop_columns(["_parts", "_work"])
+            .append_column("_scores", aligned)
+            .append_column("_work", pa.array(added, schema.WORK))
+        )
 
     def _score(self, decoded: pa.Table) -> tuple[list[dict[str, Any]], dict[str, int]]:
         # Not above: it imports torch, which the driver can do without.
@@ -217,24 +227,9 @@ class RerankPairs:
         return results, {name: after[name] - before[name] for name in after}
 
 
-def _scored(
-    decoded: pa.Table, scores: Sequence[Mapping[str, Any]], work: Mapping[str, int]
-) -> pa.Table:
-    """Return media with the `schema.SCORE` values of all their pairs, and what they took."""
-    lists = decoded["_pairs"].combine_chunks()
-    offsets = pa.array(np.r_[0, np.cumsum(pc.list_value_length(lists))], pa.int32())
-    added = decoded["_work"].to_pylist()
-    added[0] |= work
-    return (
-        decoded.drop_columns(["_parts", "_work"])
-        .append_column("_scores", pa.ListArray.from_arrays(offsets, pa.array(scores, schema.SCORE)))
-        .append_column("_work", pa.array(added, schema.WORK))
-    )
-
-
-def _not_scored(medium: pa.Table, failure: dict[str, Any]) -> pa.Table:
-    num_pairs = pc.sum(pc.list_value_length(medium["_pairs"])).as_py()
-    return _scored(medium, [{"failure": failure}] * num_pairs, {})
+def _failed(medium: pa.Table, failure: Mapping[str, Any]) -> pa.Table:
+    place = medium.column_names.index("_failure")
+    return medium.set_column(place, "_failure", failures_array([failure]))
 
 
 def _document(text: str | None, vision: Vision | None, uri: str | None) -> EmbedInput:

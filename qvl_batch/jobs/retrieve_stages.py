@@ -314,6 +314,10 @@ class WriteCandidates:
             num_units=found.num_rows,
             num_rows=num_rows,
             num_tokens=0,
+            work={
+                "queries_failed": queries.num_rows - found.num_rows,
+                "rows_missing": sum(len(query.get("_lost") or ()) for query in asked),
+            },
         )
 
     def _rows(self, queries: pa.Table, target: pa.Schema, now: dt.datetime) -> pa.Table:

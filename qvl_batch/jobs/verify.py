@@ -12,10 +12,12 @@ import pyarrow.compute as pc
 
 from qvl_batch.errors import ManifestError, StorageError
 from qvl_batch.jobs.identify import Units, identify
+from qvl_batch.jobs.integrity import look_at_files
 from qvl_batch.jobs.manifest import read_manifest
 from qvl_batch.storage import Storage
 from qvl_batch.tables.check import LOST, Problem, check_table
 from qvl_batch.tables.check_scores import check_scores
+from qvl_batch.tables.integrity import Integrity
 from qvl_batch.tables.layout import VECTORS_KIND, Partition, partition_json, table_name
 from qvl_batch.tables.ledger import (
     Failures,
@@ -65,6 +67,7 @@ class VerifyReport:
     num_unlisted: int
     problems: tuple[Problem, ...]
     scores: tuple[ScoresCounts, ...] = ()
+    files: tuple[Integrity, ...] = ()
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
@@ -83,6 +86,7 @@ class VerifyReport:
                 head += f"; {self.num_unlisted:,} done units are not in the manifest (no error)"
             lines.append(head)
         lines += map(str, self.scores)
+        lines += map(str, self.files)
         if not self.problems:
             what = "unit and pair" if self.scores else "unit"
             return "\n".join([*lines, f"verified: every {what} is there once"])
@@ -100,6 +104,7 @@ def verify(
     manifest: str | None = None,
     collection: str | None = None,
     partition_by: list[str] | None = None,
+    deep: bool = False,
 ) -> VerifyReport:
     """Check a collection, against its manifest if one is given, and the scores that lie with it.
 
@@ -110,6 +115,7 @@ def verify(
         collection: Needed only where the root holds several of vectors; may be one of scores,
             which then is all that is checked.
         partition_by: As the run had it; None takes the tables' own partition keys.
+        deep: Read every data file of every table under the root, too, and compare it with its hash.
 
     Raises:
         InputError: If there is nothing to verify, or the choice is not clear.
@@ -146,6 +152,12 @@ def verify(
             scores=(*report.scores, counts),
             problems=(*report.problems, *problems),
         )
+    if deep:
+        files = look_at_files(store)
+        found = [problem for one in files for problem in one.problems]
+        # Missing data files are told already where the table was read.
+        new = [problem for problem in found if problem not in report.problems]
+        report = dataclasses.replace(report, files=files, problems=(*report.problems, *new))
     return report
 
 

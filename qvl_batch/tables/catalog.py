@@ -87,6 +87,25 @@ def refresh(
     _merge(store, rows, index_names, indexes or {})
 
 
+def present_row(store: TableStore, name: str, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the row of a table as it is now.
+
+    Args:
+        before: Its row so far: hashes, run and published index are kept as long as they hold.
+
+    Raises:
+        StorageError: If the table can not be read.
+    """
+    before = before or {}
+    dataset = store.open_existing(name)
+    known = {file["path"]: file for file in before.get("files", ())}
+    row = _row(store, name, dataset, known, before.get("run_id", ""))
+    index = before.get("index")
+    if index is not None and index["name"] in {i.name for i in dataset.describe_indices()}:
+        row["index"] = index
+    return row
+
+
 def unindexed_rows(row: Mapping[str, Any]) -> int | None:
     """Return how many rows a table's published index does not cover; None if it has none.
 

@@ -33,18 +33,13 @@ from qvl_batch.tables.fragments import (
     iter_fragments,
     write_to,
 )
+from qvl_batch.tables.history import MARKER, RUN_ID
 from qvl_batch.tables.layout import FAILURES_TABLE
-from qvl_batch.tables.store import Stamp, TableStore, storage_error
-
-MARKER = "qvl.marker"
-RUN_ID = "qvl.run_id"
+from qvl_batch.tables.store import TableStore, storage_error
 
 ATTEMPTS = 20
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
-# Operations after which the rows that this run planned with may be others.
-CONTENT_OPERATIONS = ("Append", "Overwrite", "Restore", "Update")
-
 # What Lance raises when the store, or another commit, stands in the way.
 _STORE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -141,7 +136,7 @@ def append_failures(
     if rows.num_rows == 0:
         return dataset.version
     since = planned_version or 0
-    found = _find(stamps_since(store, FAILURES_TABLE, dataset, since), FAILURES_TABLE, marker)
+    found = _find(store, FAILURES_TABLE, dataset, marker, since)
     if found is not None:
         return found
     fragments = write_to(store, FAILURES_TABLE, rows)
@@ -179,10 +174,10 @@ def commit_once(
     """
 
     def standing(latest: lance.LanceDataset) -> int | None:
-        stamps = stamps_since(store, table, latest, since)
-        found = _find(stamps, table, marker)
+        found = _find(store, table, latest, marker, since)
         if exclusive:
-            _refuse_other_runs(stamps, table, run_id)
+            for other in store.histories[table].other_writers(run_id, since):
+                raise LeaseHeldError(table, other or "unknown")
         return found
 
     cause: Exception = RunFailedError("never tried")
@@ -230,22 +225,14 @@ def find_commit(store: TableStore, table: str, marker: str, since: int) -> int |
     Raises:
         InvariantBrokenError: If the marker stands twice, or there is no table.
     """
-    return _find(stamps_since(store, table, _open(store, table), since), table, marker)
+    return _find(store, table, _open(store, table), marker, since)
 
 
-def stamps_since(
-    store: TableStore, table: str, latest: lance.LanceDataset, since: int
-) -> list[Stamp]:
-    """Return the stamps of the versions in ``(since, latest]``, oldest first.
-
-    Each version is read once per store. A version that cleaning has removed is left out, and not
-    looked for again: a commit that comes later costs what it costs now.
-    """
-    known = store.stamps.setdefault(table, {})
-    versions = range(since + 1, latest.version + 1)
-    # One after the other: a dataset handle can not be used by two threads ("Already borrowed").
-    known |= {v: _read_stamp(latest, v) for v in versions if v not in known}
-    return [stamp for v in versions if (stamp := known[v]) is not None]
+def other_writers(store: TableStore, table: str, run_id: str, since: int) -> list[str | None]:
+    """Return the runs but this one that changed a table's rows after a version."""
+    history = store.histories[table]
+    history.read(_open(store, table), since)
+    return history.other_writers(run_id, since)
 
 
 def check_files(store: TableStore, table: str, fragments: Iterable[WrittenFragment]) -> None:
@@ -273,36 +260,15 @@ def _open(store: TableStore, table: str) -> lance.LanceDataset:
     return dataset
 
 
-def _read_stamp(dataset: lance.LanceDataset, version: int) -> Stamp | None:
-    try:
-        transaction = dataset.read_transaction(version)
-    except OSError as error:
-        if "was not found" in str(error):
-            return None
-        raise
-    except TypeError as error:
-        # pylance 14.0.2 can not show the Rewrite of a compaction that carried an index over.
-        if "RewrittenIndex" in str(error):
-            return Stamp(version, "Rewrite", None, None)
-        raise
-    if transaction is None:
-        return Stamp(version, "", None, None)
-    properties = transaction.transaction_properties or {}
-    operation = type(transaction.operation).__name__
-    return Stamp(version, operation, properties.get(MARKER), properties.get(RUN_ID))
-
-
-def _find(stamps: Iterable[Stamp], table: str, marker: str) -> int | None:
-    versions = [stamp.version for stamp in stamps if stamp.marker == marker]
+def _find(
+    store: TableStore, table: str, latest: lance.LanceDataset, marker: str, since: int
+) -> int | None:
+    history = store.histories[table]
+    history.read(latest, since)
+    versions = history.find(marker, since)
     if len(versions) > 1:
         raise InvariantBrokenError(f"table {table}: commit {marker} stands in versions {versions}")
     return versions[0] if versions else None
-
-
-def _refuse_other_runs(stamps: Iterable[Stamp], table: str, run_id: str) -> None:
-    for stamp in stamps:
-        if stamp.operation in CONTENT_OPERATIONS and stamp.run_id != run_id:
-            raise LeaseHeldError(table, stamp.run_id or "unknown")
 
 
 def _pause_s(attempt: int) -> float:

@@ -119,11 +119,15 @@ def data_path(file: lance.fragment.DataFile) -> str:
 
 def _record(files: LanceFileSession, file: lance.fragment.DataFile) -> DataFileRecord:
     path = data_path(file)
+    try:
+        digest = sha256_of(files, path, file.file_size_bytes)
+    except OSError as error:
+        # Lance 14.0.2 ends a file on a full local disk early and says nothing (measured).
+        if "fill whole buffer" in str(error):
+            raise OSError(f"No space left: {path} was cut as it was written") from error
+        raise
     return DataFileRecord(
-        path=path,
-        size_bytes=file.file_size_bytes,
-        sha256=sha256_of(files, path, file.file_size_bytes),
-        recomputed=False,
+        path=path, size_bytes=file.file_size_bytes, sha256=digest, recomputed=False
     )
 
 

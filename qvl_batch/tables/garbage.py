@@ -15,6 +15,7 @@ import lance
 from lance.file import LanceFileSession
 
 from qvl_batch.errors import StorageError
+from qvl_batch.tables import staging
 from qvl_batch.tables.lease import TTL_S, holders, lease_place
 from qvl_batch.tables.store import TableStore, storage_error
 
@@ -73,7 +74,8 @@ def gc(
     A version goes if it is neither the latest nor tagged and its manifest is older than
     ``older_than``. Any other file goes if no kept version, branch or tag refers to it and it is
     older than that too: data of a run that died before its commit, an index or a compaction that
-    was not finished. Ages are differences of two times that the store itself gave.
+    was not finished. What an open replace has written stays, however old it is. Ages are
+    differences of two times that the store itself gave.
 
     Args:
         older_than: Must be longer than a run holds files that it has not committed, and than a
@@ -90,6 +92,9 @@ def gc(
             older_than = max(older_than, LONGEST_RUN)
         oldest = lease_place(store.root, store.storage).now() - older_than
         modified = _modified(store, table)
+        # Of an open replace: no version refers to them until it is published.
+        for path in _staged_files(store, table):
+            modified.pop(path, None)
         dead = _unreferenced(dataset, _old_versions(dataset, modified, oldest), oldest, modified)
         if not dry_run:
             _remove(store.files(table), dead)
@@ -99,6 +104,52 @@ def gc(
     return Collected(
         table=table, versions=tuple(sorted(v for v in versions if v)), files=tuple(dead)
     )
+
+
+def orphans(store: TableStore, table: str, older_than: timedelta) -> list[DeadFile]:
+    """Return the files that no version and no open replace refers to and that are that old.
+
+    `gc` removes those that Lance could have written. Anything else in the folder of data is told
+    too.
+
+    Raises:
+        StorageError: If the table can not be read.
+    """
+    dataset = store.open_existing(table)
+    try:
+        oldest = lease_place(store.root, store.storage).now() - older_than
+        modified = _modified(store, table)
+        for path in _staged_files(store, table):
+            modified.pop(path, None)
+        found = _unreferenced(dataset, [], oldest, modified)
+        sizes = file_sizes(store, table)
+        strange = [
+            DeadFile(path=path, kind="foreign", size_bytes=sizes.get(path, 0))
+            for path, at in sorted(modified.items())
+            if path.startswith("data/") and not path.endswith(".lance") and at < oldest
+        ]
+    except (ValueError, OSError, RuntimeError) as error:
+        raise storage_error(store.uri(table), error) from error
+    return [*found, *strange]
+
+
+def _staged_files(store: TableStore, table: str) -> list[str]:
+    staged = None if table.startswith("_") else staging.read(store, table)
+    fragments = staged.fragments if staged is not None else ()
+    return [file["path"] for fragment in fragments for file in fragment["files"]]
+
+
+def present_versions(store: TableStore, table: str) -> list[int]:
+    """Return the versions of a table that cleaning has left, ascending.
+
+    Raises:
+        StorageError: If the table can not be listed.
+    """
+    try:
+        found = map(_version_of, _modified(store, table))
+        return sorted(version for version in found if version is not None)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise storage_error(store.uri(table), error) from error
 
 
 def _old_versions(
@@ -159,16 +210,23 @@ def _version_of(path: str) -> int | None:
     return 2**64 - 1 - int(number) if len(number) == 20 else int(number)
 
 
+def file_sizes(store: TableStore, table: str) -> dict[str, int]:
+    """Return the bytes of every file of a table, by its path within it."""
+    return {path: info["size"] for path, info in _listed(store, table).items()}
+
+
 def _modified(store: TableStore, table: str) -> dict[str, datetime]:
     """Return when each file of a table was written, by its path within the table."""
+    return {path: _time_of(info) for path, info in _listed(store, table).items()}
+
+
+def _listed(store: TableStore, table: str) -> dict[str, dict[str, Any]]:
     uri = store.uri(table)
     fs = store.storage.filesystem(uri)
     fs.invalidate_cache()
     top = fs._strip_protocol(uri).rstrip("/")
-    found = {}
-    for path, info in fs.find(top, detail=True).items():
-        found[path.removeprefix(f"{top}/")] = _time_of(info)
-    return found
+    found = fs.find(top, detail=True)
+    return {path.removeprefix(f"{top}/"): info for path, info in found.items()}
 
 
 def _time_of(info: Mapping[str, Any]) -> datetime:

@@ -13,7 +13,6 @@ that foreign commit before it prepares another (`tables.commit`).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import threading
@@ -27,9 +26,10 @@ from typing import Any
 import psutil
 
 from qvl_batch import crash
-from qvl_batch.errors import LeaseHeldError, LeaseLostError, StorageError
+from qvl_batch.errors import LeaseHeldError, LeaseLostError
 from qvl_batch.storage import join
 from qvl_batch.tables.conditional import Place
+from qvl_batch.tables.store import storage_error
 
 LEASES_FOLDER = "_qvl_leases"
 TTL_S = 60.0
@@ -108,7 +108,7 @@ class Leases:
             return [name for name in names if self._take(name, known.get(name, 0), runs, steal)]
         except OSError as error:
             self.release()
-            raise StorageError(f"{self._place.root}: {error}", "Check the store.") from error
+            raise storage_error(self._place.root, error) from error
         except LeaseHeldError:
             self.release()
             raise
@@ -145,9 +145,12 @@ class Leases:
         if self._thread is not None:
             self._thread.join(timeout=30)
             self._thread = None
-            # Without it the lease expires by itself.
-            with contextlib.suppress(OSError):
+            try:
                 self._beat(released=True)
+            except OSError:
+                # A full store takes no word, but a removal: who has no heartbeat is not at work.
+                # Where that fails too, the lease expires by itself.
+                self._place.remove(_heartbeat_name(self.run_id))
         self._epochs.clear()
 
     def __enter__(self) -> Leases:

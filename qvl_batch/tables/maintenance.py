@@ -18,7 +18,7 @@ from lance.optimize import Compaction, RewriteResult
 from qvl_batch import crash
 from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, RunFailedError
 from qvl_batch.tables import catalog
-from qvl_batch.tables.commit import CONTENT_OPERATIONS, stamps_since
+from qvl_batch.tables.commit import other_writers
 from qvl_batch.tables.fragments import DataFileRecord, data_path, sha256_of
 from qvl_batch.tables.layout import VECTORS_KIND
 from qvl_batch.tables.lease import Leases, lease_place
@@ -28,6 +28,8 @@ from qvl_batch.tables.store import TableStore, storage_error
 
 # One fragment a million rows: Lance's own target, and about 1.2 GB at 1,024 dimensions.
 TARGET_ROWS = 1_048_576
+# Lance's own: fewer deleted rows are not worth writing the others anew.
+DELETED_SHARE = 0.1
 
 CommitCompaction = Callable[[lance.LanceDataset, list[RewriteResult]], object]
 
@@ -47,7 +49,9 @@ def compact(
     table: str,
     *,
     target_rows: int = TARGET_ROWS,
+    deleted_share: float = DELETED_SHARE,
     steal: bool = False,
+    leases: Leases | None = None,
     commit: CommitCompaction = Compaction.commit,
 ) -> Compacted:
     """Write a table's small fragments anew as large ones, in the same order of rows.
@@ -62,7 +66,10 @@ def compact(
 
     Args:
         target_rows: Rows of a fragment that is large enough.
+        deleted_share: A fragment that has lost a larger share of its rows is written anew without
+            them; 0: any that has lost a row.
         steal: Take the table from a run that was killed before its lease expires.
+        leases: Of the caller, who holds the table already.
         commit: Makes the rewritten fragments visible; for tests.
 
     Raises:
@@ -73,26 +80,30 @@ def compact(
         StorageError: If there is no such table, or it can not be read or written.
     """
     store.open_existing(table)
-    if table.startswith("_"):
-        return _compact(store, table, target_rows, commit, None)
+    options = {
+        "target_rows_per_fragment": target_rows,
+        "materialize_deletions_threshold": deleted_share,
+    }
+    if table.startswith("_") or leases is not None:
+        return _compact(store, table, options, commit, leases)
     run_id = f"compact-{uuid.uuid4().hex[:8]}"
     with Leases(lease_place(store.root, store.storage), run_id) as leases:
         for taken in leases.acquire([table], steal=steal):
             fence(store, taken, run_id=run_id)
-        return _compact(store, table, target_rows, commit, leases)
+        return _compact(store, table, options, commit, leases)
 
 
 def _compact(
     store: TableStore,
     table: str,
-    target_rows: int,
+    options: Mapping[str, Any],
     commit: CommitCompaction,
     leases: Leases | None,
 ) -> Compacted:
     dataset = store.open_existing(table)
     try:
         before = len(dataset.get_fragments())
-        plan = Compaction.plan(dataset, {"target_rows_per_fragment": target_rows})
+        plan = Compaction.plan(dataset, dict(options))
         known: list[DataFileRecord] = []
         if plan.num_tasks():
             known = _rewrite(store, table, dataset, plan.tasks, commit, leases)
@@ -108,6 +119,11 @@ def _compact(
         fragments_before=before,
         fragments_after=len(latest.get_fragments()),
     )
+
+
+def has_deleted_rows(dataset: lance.LanceDataset) -> bool:
+    """Return whether data files still hold rows that were taken away."""
+    return any(fragment.num_deletions for fragment in dataset.get_fragments())
 
 
 def _catalogued_version(store: TableStore, table: str) -> int | None:
@@ -150,14 +166,14 @@ def _rewrite(
                     )
                 )
     added = {record["path"] for record in known}
-    if leases is not None:
+    if leases is not None and not table.startswith("_"):
         leases.confirm(table)
-        stamps = stamps_since(store, table, store.open_existing(table), dataset.version)
-        others = [stamp for stamp in stamps if stamp.operation in CONTENT_OPERATIONS]
+        # Its own fence is older than the version that was read.
+        others = other_writers(store, table, "", dataset.version)
         if others:
             for path in added:
                 files.delete_file(path)
-            raise LeaseHeldError(table, others[-1].run_id or "unknown")
+            raise LeaseHeldError(table, others[-1] or "unknown")
     crash.reached("compaction")
     try:
         commit(dataset, results)

@@ -15,11 +15,10 @@ from qvl_batch.tables.nearest import Near
 
 @dataclass(frozen=True)
 class Pairs:
-    """Candidates of one table with their scores and row_ids."""
+    """Candidates of one table with their scores."""
 
     near: Near
     score: npt.NDArray[np.float32]
-    row_id: pa.StringArray
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,43 @@ def limited(near: Sequence[Near], num_queries: int, k: int) -> list[Near]:
     return kept
 
 
+def tied(
+    pairs: Sequence[Pairs], in_shortlist: Sequence[bool], shortlist: int
+) -> list[npt.NDArray[np.bool_]]:
+    """Return for each table which candidates `merged_hits` needs the row_ids of.
+
+    Those that tie with the last of the shortlist, if not all of them are in it, and those of equal
+    scores: a few of hundreds. Row_ids of the others are never looked at.
+    """
+    every = _Joined.of(pairs, in_shortlist)
+    marked = np.zeros(len(every.query), bool)
+    listed = every.listed
+    order = listed[np.lexsort((every.key[listed], every.query[listed]))]
+    query, key = every.query[order], every.key[order]
+    last = np.flatnonzero(_positions(query) == shortlist - 1)
+    following = last[last + 1 < len(order)] + 1
+    cut = following[
+        (query[following] == query[following - 1]) & (key[following] == key[following - 1])
+    ]
+    limit = np.full(every.query.max(initial=-1) + 1, -1, np.float32)
+    limit[query[cut]] = key[cut]
+    marked[listed] = every.key[listed] == limit[every.query[listed]]
+    order = np.lexsort((every.score, every.query))
+    query, score = every.query[order], every.score[order]
+    same = (query[1:] == query[:-1]) & (score[1:] == score[:-1])
+    marked[order[1:][same]] = True
+    marked[order[:-1][same]] = True
+    return np.split(marked, np.cumsum([len(one.score) for one in pairs])[:-1])
+
+
 def merged_hits(
-    pairs: Sequence[Pairs], in_shortlist: Sequence[bool], *, shortlist: int, top_k: int
+    pairs: Sequence[Pairs],
+    in_shortlist: Sequence[bool],
+    row_ids: Sequence[pa.StringArray],
+    needed: Sequence[npt.NDArray[np.bool_]],
+    *,
+    shortlist: int,
+    top_k: int,
 ) -> Hits:
     """Return the ``top_k`` of each query by falling score, then table, then row_id.
 
@@ -67,32 +101,53 @@ def merged_hits(
         pairs: One entry a table, in the order in which tables break ties.
         in_shortlist: Of which tables the candidates must first be among the ``shortlist`` nearest
             by key, then row_id, then table, of all such tables.
+        row_ids: Of the candidates that `tied` names, which is ``needed``.
     """
-    query = np.concatenate([one.near.query for one in pairs])
-    sizes = [len(one.score) for one in pairs]
-    table = np.repeat(np.arange(len(pairs), dtype=np.int32), sizes)
-    offset = np.concatenate([one.near.offset for one in pairs])
-    score = np.concatenate([one.score for one in pairs])
-    row_id = _ranks([one.row_id for one in pairs])
-    listed = np.flatnonzero(np.repeat(in_shortlist, sizes))
-    kept = np.arange(len(query))
-    if len(listed):
-        chosen = zip(pairs, in_shortlist, strict=True)
-        distance = np.concatenate([one.near.key for one, is_listed in chosen if is_listed])
-        order = np.lexsort((table[listed], row_id[listed], distance, query[listed]))
-        inside = listed[order][_positions(query[listed][order]) < shortlist]
-        others = np.flatnonzero(~np.repeat(in_shortlist, sizes))
-        kept = np.concatenate([inside, others])
-    order = kept[np.lexsort((row_id[kept], table[kept], -score[kept], query[kept]))]
-    position = _positions(query[order])
+    every = _Joined.of(pairs, in_shortlist)
+    row_id = np.zeros(len(every.query), np.int64)
+    row_id[np.concatenate(needed)] = _ranks(row_ids)
+    listed = every.listed
+    order = listed[
+        np.lexsort((every.table[listed], row_id[listed], every.key[listed], every.query[listed]))
+    ]
+    kept = np.ones(len(every.query), bool)
+    kept[order[_positions(every.query[order]) >= shortlist]] = False
+    rows = np.flatnonzero(kept)
+    keys = (row_id[rows], every.table[rows], -every.score[rows], every.query[rows])
+    order = rows[np.lexsort(keys)]
+    position = _positions(every.query[order])
     top = order[position < top_k]
     rank = (position[position < top_k] + 1).astype(np.int32)
-    return Hits(query[top], rank, score[top], table[top], offset[top])
+    return Hits(every.query[top], rank, every.score[top], every.table[top], every.offset[top])
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """The candidates of all tables in one; ``listed`` are those that compete for the shortlist."""
+
+    query: npt.NDArray[np.int32]
+    key: npt.NDArray[np.float32]
+    score: npt.NDArray[np.float32]
+    table: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]
+    listed: npt.NDArray[np.intp]
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pairs], in_shortlist: Sequence[bool]) -> _Joined:
+        sizes = [len(one.score) for one in pairs]
+        return cls(
+            np.concatenate([one.near.query for one in pairs]),
+            np.concatenate([one.near.key.astype(np.float32) for one in pairs]),
+            np.concatenate([one.score for one in pairs]),
+            np.repeat(np.arange(len(pairs), dtype=np.int32), sizes),
+            np.concatenate([one.near.offset for one in pairs]),
+            np.flatnonzero(np.repeat(in_shortlist, sizes)),
+        )
 
 
 def _ranks(row_ids: Sequence[pa.StringArray]) -> npt.NDArray[np.int64]:
     """Return integers that compare as the row_ids do."""
-    joined = pa.chunked_array(row_ids).combine_chunks()
+    joined = pa.chunked_array(row_ids, pa.string()).combine_chunks()
     return pc.rank(joined, sort_keys="ascending", tiebreaker="min").to_numpy().astype(np.int64)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import lance
@@ -12,11 +11,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qvl_batch.tables.table_rows import OFFSET, TableRows
+
 # Rows of a block whose distances to all queries are counted while its bits are in the CPU's cache:
 # 8,192 x 128 bytes = 1 MiB at 1,024 dimensions. 2,048 to 8,192 measured alike, 16,384 worse.
 _BLOCK_ROWS = 8192
-_SCAN_ROWS = 32_768
-_OFFSET = "_rowoffset"
 # BLAS is three times as fast as the sum that ties need; but it wants its error bounded, which costs
 # as much as a query.
 _QUERIES_FOR_BLAS = 4
@@ -37,7 +36,7 @@ class Near:
 
 
 def nearest_bits(
-    dataset: lance.LanceDataset,
+    table: TableRows,
     bits: npt.NDArray[np.uint8],
     k: int,
     where: pc.Expression | None,
@@ -54,12 +53,12 @@ def nearest_bits(
         Keys are distances, uint16. Every row that ties with the k-th is there too, so that the
         caller can break ties by row_id; of many ties those of the smallest row_ids.
     """
-    best = [_Best(k, np.uint16, dataset) for _ in bits]
+    best = [_Best(k, np.uint16, table) for _ in bits]
     words = _words(bits)
-    for offsets, matrix in _batches(dataset, ["vector_bits"], where):
-        table = _words(_values(matrix["vector_bits"]))
-        for start in range(0, len(table), _BLOCK_ROWS):
-            rows = np.ascontiguousarray(table[start : start + _BLOCK_ROWS].T)
+    for offsets, batch in table.batches(["vector_bits"], where):
+        packed = _words(_values(batch["vector_bits"]))
+        for start in range(0, len(packed), _BLOCK_ROWS):
+            rows = np.ascontiguousarray(packed[start : start + _BLOCK_ROWS].T)
             here = offsets[start : start + _BLOCK_ROWS]
             differing, counts = np.empty_like(rows), np.empty(rows.shape, np.uint8)
             for query, chosen in zip(words, best, strict=True):
@@ -100,7 +99,7 @@ def _indexed(
     found = []
     for first, part in enumerate(parts):
         rows = dataset.to_table(
-            columns=[_OFFSET, "_distance"],
+            columns=[OFFSET, "_distance"],
             filter=where,
             prefilter=True,
             nearest={
@@ -115,14 +114,14 @@ def _indexed(
         )
         number = rows["query_index"].to_numpy() if together else np.full(rows.num_rows, first)
         distance = rows["_distance"].to_numpy().astype(key_type)
-        found.append((number, distance, rows[_OFFSET].to_numpy()))
+        found.append((number, distance, rows[OFFSET].to_numpy()))
     query, key, offset = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.lexsort((offset, key, query))
     return Near(query[order].astype(np.int32), key[order], offset[order].astype(np.int64))
 
 
 def nearest_vectors(
-    dataset: lance.LanceDataset,
+    table: TableRows,
     queries: npt.NDArray[np.float32],
     k: int,
     where: pc.Expression | None,
@@ -135,8 +134,8 @@ def nearest_vectors(
     Returns:
         Keys are scores with their sign turned, float32; ties as in `nearest_bits`.
     """
-    best = [_Best(k, np.float32, dataset) for _ in queries]
-    for offsets, batch in _batches(dataset, vector_columns(dataset), where):
+    best = [_Best(k, np.float32, table) for _ in queries]
+    for offsets, batch in table.batches(vector_columns(table.dataset), where):
         for start in range(0, batch.num_rows, _BLOCK_ROWS):
             block = Vectors.of(batch.slice(start, _BLOCK_ROWS)).as_float32()
             here = offsets[start : start + _BLOCK_ROWS]
@@ -218,8 +217,8 @@ class Vectors:
 class _Best:
     """The k smallest keys seen, with every tie of the k-th."""
 
-    def __init__(self, k: int, key_type: type[np.generic], dataset: lance.LanceDataset) -> None:
-        self._k, self._dataset = k, dataset
+    def __init__(self, k: int, key_type: type[np.generic], table: TableRows) -> None:
+        self._k, self._table = k, table
         self._keys = [np.empty(0, key_type)]
         self._offsets = [np.empty(0, np.int64)]
         self._count = 0
@@ -266,7 +265,7 @@ class _Best:
     ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int64]]:
         """Cut a crowd of ties (thousands of copies of one picture) to k rows."""
         tied = np.flatnonzero(keys == self._cut)
-        row_ids = self._dataset.take(offsets[tied], columns=["row_id"])["row_id"]
+        row_ids = self._table.take(offsets[tied], ["row_id"])["row_id"]
         first = pc.sort_indices(row_ids)[: self._k - (len(keys) - len(tied))].to_numpy()
         kept = np.concatenate([np.flatnonzero(keys < self._cut), tied[first]])
         return keys[kept], offsets[kept]
@@ -280,16 +279,6 @@ def _joined(best: list[_Best]) -> Near:
         np.concatenate([keys for keys, _ in sorted_]),
         np.concatenate([offsets for _, offsets in sorted_]),
     )
-
-
-def _batches(
-    dataset: lance.LanceDataset, columns: list[str], where: pc.Expression | None
-) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
-    """Yield the offsets of the rows that pass the filter, and their columns."""
-    scan = dataset.to_batches(columns=[*columns, _OFFSET], filter=where, batch_size=_SCAN_ROWS)
-    for batch in scan:
-        if batch.num_rows:
-            yield batch[_OFFSET].to_numpy().astype(np.int64), batch.select(columns)
 
 
 def _values(column: pa.FixedSizeListArray | pa.ChunkedArray) -> npt.NDArray[np.generic]:

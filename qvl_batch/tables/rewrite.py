@@ -49,14 +49,12 @@ def replace_units(
 
     def build(latest: lance.LanceDataset) -> lance.LanceOperation.BaseOperation | None:
         checked_once()
-        gone, changed = _without(latest, units)
+        gone, changed = _without(latest, "unit_id", units)
         added = list(iter_fragments(list(fragments)))
         if not gone and not changed:
             return lance.LanceOperation.Append(added) if added else None
         if not added:
-            crash.reached("delete")
-            listed = f"unit_id IN ({len(units)} ids)"
-            return lance.LanceOperation.Delete(changed, gone, listed)
+            return _delete(gone, changed, "unit_id", units)
         return lance.LanceOperation.Update(
             removed_fragment_ids=gone,
             updated_fragments=changed,
@@ -73,6 +71,44 @@ def replace_units(
         since=planned_version,
         exclusive=True,
         commit=commit,
+    )
+
+
+def remove_rows(
+    store: TableStore,
+    table: str,
+    column: str,
+    values: Iterable[str],
+    *,
+    marker: str,
+    run_id: str,
+    planned_version: int,
+    exclusive: bool = True,
+) -> int:
+    """Take away all rows that have one of these values in a string column, in one commit.
+
+    What is taken away is not named in the table's own files: they outlive the rows.
+
+    Args:
+        exclusive: Whether a change of the rows by another run since `planned_version` is refused.
+
+    Raises:
+        LeaseHeldError, InvariantBrokenError, StorageError, RunFailedError: As `commit.append`.
+    """
+    listed = sorted(set(values))
+
+    def build(latest: lance.LanceDataset) -> lance.LanceOperation.BaseOperation | None:
+        gone, changed = _without(latest, column, listed)
+        return _delete(gone, changed, column, listed) if gone or changed else None
+
+    return commit_once(
+        store,
+        table,
+        build,
+        marker=marker,
+        run_id=run_id,
+        since=planned_version,
+        exclusive=exclusive,
     )
 
 
@@ -141,16 +177,26 @@ def fence(store: TableStore, table: str, *, run_id: str, since: int = 0) -> int:
     )
 
 
+def _delete(
+    gone: list[int],
+    changed: list[lance.FragmentMetadata],
+    column: str,
+    values: Sequence[str],
+) -> lance.LanceOperation.Delete:
+    crash.reached("delete")
+    return lance.LanceOperation.Delete(changed, gone, f"{column} IN ({len(values)} values)")
+
+
 def _without(
-    latest: lance.LanceDataset, units: Sequence[str]
+    latest: lance.LanceDataset, column: str, values: Sequence[str]
 ) -> tuple[list[int], list[lance.FragmentMetadata]]:
-    """Return the fragments that these units leave empty, and those they leave with fewer rows."""
-    if not units:
+    """Return the fragments that these values leave empty, and those they leave with fewer rows."""
+    if not values:
         return [], []
-    wanted = pa.array(units, pa.string())
+    wanted = pa.array(values, pa.string())
     gone, changed = [], []
     for fragment in latest.get_fragments():
-        held = pc.unique(fragment.to_table(columns=["unit_id"])["unit_id"])
+        held = pc.unique(fragment.to_table(columns=[column])[column])
         here = held.filter(pc.is_in(held, value_set=wanted)).to_pylist()
         if not here:
             continue
@@ -158,8 +204,8 @@ def _without(
             gone.append(fragment.fragment_id)
             continue
         # One predicate: a second `delete` on the same handle would forget the first.
-        listed = ", ".join(sql_text(unit) for unit in here)
-        left = fragment.delete(f"unit_id IN ({listed})")
+        listed = ", ".join(sql_text(value) for value in here)
+        left = fragment.delete(f"{column} IN ({listed})")
         if left is None:
             gone.append(fragment.fragment_id)
         else:

@@ -19,6 +19,9 @@ from qvl_batch.tables.store import TableStore
 
 SCORES_KIND, CANDIDATES_KIND = "scores", "candidates"
 
+# What `ranks_to_set` needs of a scores table.
+RANKED = ["pair_id", "query_id", "rerank_score", "rank_before", "rank_after"]
+
 _BATCH_ROWS = 65_536
 
 

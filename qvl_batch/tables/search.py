@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import lance
@@ -15,12 +15,15 @@ import pyarrow.compute as pc
 
 from qvl_batch.errors import ConfigError
 from qvl_batch.tables import nearest
-from qvl_batch.tables.merging import Pairs, limited, merged_hits
+from qvl_batch.tables.merging import Pairs, limited, merged_hits, tied
 from qvl_batch.tables.nearest import Near
 from qvl_batch.tables.store import storage_error
+from qvl_batch.tables.table_rows import TableRows
 
-# Hamming alone keeps 57 % of the top 10; a shortlist of 50 to 100 restored all of it (measured).
-SHORTLIST = 200
+# The least that keeps 0.99 of the recall@10 of scoring every int8 row: 0.9913 of it at 1,000,000 x
+# 1,024 generated vectors, where 200 keep 0.9882, 100 0.9819 and the bits alone about 0.6; at
+# 100,000 rows 100 suffice (tests/bench/bench_search.py).
+SHORTLIST = 400
 COLUMNS = ("row_id", "uri", "kind", "page", "start_s", "end_s", "text")
 
 # A scan keeps about 4 x shortlist x 10 bytes a query and table.
@@ -28,6 +31,10 @@ _MAX_QUERIES = 1024
 _MAX_KEPT = 1_000_000
 # Vectors read at once for rescoring, per table.
 _TAKE_BYTES = 64 << 20
+# A first search of 64 tables of 1 MB on S3 takes fewer than half the requests if their vectors come
+# with the scan; the shortlist's rows lie too far apart to share one.
+_SMALL_BYTES = 4 << 20
+_HELD_BYTES = 256 << 20
 _THREADS = 16
 
 T = TypeVar("T")
@@ -92,6 +99,7 @@ def search(
     ]
     for table in opened:
         table.check_columns(wanted)
+    opened = _with_small_ones_held(opened)
     asked = _Asked(top_k, shortlist, wanted, where)
     at_once = min(_MAX_QUERIES, max(1, _MAX_KEPT // shortlist))
     parts = []
@@ -117,6 +125,17 @@ def search(
     return pa.concat_tables(parts, promote_options="permissive").combine_chunks()
 
 
+def _with_small_ones_held(tables: Sequence[_Table]) -> list[_Table]:
+    """Return the tables, the small ones to be read whole as long as there is room."""
+    room, chosen = _HELD_BYTES, []
+    for table in tables:
+        if table.in_shortlist and table.nprobes is None and table.scored_bytes <= _SMALL_BYTES:
+            room -= table.scored_bytes
+            table = table.held() if room >= 0 else table
+        chosen.append(table)
+    return chosen
+
+
 @dataclass(frozen=True)
 class _Asked:
     top_k: int
@@ -135,6 +154,7 @@ class _Table:
     by_bits: bool
     rescored: bool
     nprobes: int | None
+    rows: TableRows
 
     @property
     def in_shortlist(self) -> bool:
@@ -164,7 +184,21 @@ class _Table:
         if not has_bits and "vector" in schema.names and nprobes is not None:
             # What an index of float vectors says is not exact: rescored, and never compared.
             rescored = True
-        return cls(name, dataset, dim, has_bits, rescored, nprobes)
+        return cls(name, dataset, dim, has_bits, rescored, nprobes, TableRows(dataset))
+
+    @property
+    def scored_bytes(self) -> int:
+        """Return the size of all its vectors, about."""
+        return (
+            self.dataset.count_rows()
+            * self.dim
+            * (4 if "vector" in self.dataset.schema.names else 1)
+        )
+
+    def held(self) -> _Table:
+        """Return the table with all of its vectors read by the scan."""
+        columns = ["row_id", "vector_bits", *nearest.vector_columns(self.dataset)]
+        return replace(self, rows=TableRows(self.dataset, columns))
 
     def check_columns(self, wanted: Sequence[str]) -> None:
         names = self.dataset.schema.names
@@ -180,13 +214,13 @@ class _Table:
         k = asked.shortlist if self.rescored else asked.top_k
         if not self.by_bits:
             if not self.rescored:
-                return nearest.nearest_vectors(self.dataset, queries, k, asked.where)
+                return nearest.nearest_vectors(self.rows, queries, k, asked.where)
             return nearest.nearest_vectors_indexed(
                 self.dataset, queries, k, asked.where, self.nprobes
             )
         bits = np.packbits(queries > 0, axis=1)
         if self.nprobes is None:
-            near = nearest.nearest_bits(self.dataset, bits, k, asked.where)
+            near = nearest.nearest_bits(self.rows, bits, k, asked.where)
         else:
             near = nearest.nearest_bits_indexed(self.dataset, bits, k, asked.where, self.nprobes)
         if self.rescored:
@@ -194,30 +228,34 @@ class _Table:
         scores = (2 * near.key.astype(np.float64) / self.dim - 1).astype(np.float32)
         return Near(near.query, scores, near.offset)
 
-    def detailed(self, near: Near, queries: npt.NDArray[np.float32]) -> Pairs:
-        """Read the rows of these candidates: their ids, and their scores by the vectors."""
-        columns = ["row_id", *(nearest.vector_columns(self.dataset) if self.rescored else [])]
+    def scored(self, near: Near, queries: npt.NDArray[np.float32]) -> Pairs:
+        """Return the candidates' scores, by the vectors of their rows if they are to be read."""
+        if not self.rescored:
+            return Pairs(near, -near.key)
         offsets, row = np.unique(near.offset, return_inverse=True)
-        scores = np.empty(len(row), np.float32) if self.rescored else -near.key
-        row_ids = []
+        scores = np.empty(len(row), np.float32)
+        columns = nearest.vector_columns(self.dataset)
         at_once = max(1, _TAKE_BYTES // (4 * self.dim))
-        for start in range(0, len(offsets), at_once):
-            rows = self.dataset.take(offsets[start : start + at_once], columns=columns)
-            row_ids.extend(rows["row_id"].chunks)
-            if self.rescored:
-                pairs = np.flatnonzero((row >= start) & (row < start + at_once))
-                vectors = nearest.Vectors.of(rows)
-                for query, of_query in _runs(near.query[pairs]):
-                    chosen = pairs[of_query]
-                    scored = vectors.take(row[chosen] - start).scores(queries[query])
-                    scores[chosen] = scored
-        ids = pa.chunked_array(row_ids, pa.string()).combine_chunks()
-        return Pairs(near, scores, ids.take(pa.array(row)))
+        for start, rows in self.rows.taken(offsets, columns, at_once):
+            pairs = np.flatnonzero((row >= start) & (row < start + rows.num_rows))
+            vectors = nearest.Vectors.of(rows)
+            for query, of_query in _runs(near.query[pairs]):
+                chosen = pairs[of_query]
+                scores[chosen] = vectors.take(row[chosen] - start).scores(queries[query])
+        return Pairs(near, scores)
 
-    def rows(self, offsets: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+    def row_ids(self, offsets: npt.NDArray[np.int64]) -> pa.StringArray:
+        """Return the ids of these rows, in this order."""
+        if not len(offsets):
+            return pa.array([], pa.string())
+        distinct, row = np.unique(offsets, return_inverse=True)
+        ids = self.rows.take(distinct, ["row_id"])["row_id"].combine_chunks()
+        return ids.take(pa.array(row))
+
+    def shown(self, offsets: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Return these rows' columns, in this order."""
         distinct, row = np.unique(offsets, return_inverse=True)
-        rows = self.dataset.take(distinct, columns=list(columns)).take(pa.array(row))
+        rows = self.rows.take(distinct, columns).take(pa.array(row))
         return rows.replace_schema_metadata(None)
 
 
@@ -232,14 +270,20 @@ def _search(
     hit = [(table, rows) for table, rows in zip(tables, near, strict=True) if len(rows.query)]
     if not hit:
         return _result_schema(tables, asked.columns).empty_table()
-    pairs = _each(pool, lambda one: one[0].detailed(one[1], queries), hit)
+    pairs = _each(pool, lambda one: one[0].scored(one[1], queries), hit)
     in_shortlist = [table.in_shortlist for table, _ in hit]
-    merged = merged_hits(pairs, in_shortlist, shortlist=asked.shortlist, top_k=asked.top_k)
+    # A row's id costs as much to read as its vector, and few rows need one before they are hits.
+    needed = tied(pairs, in_shortlist, asked.shortlist)
+    offsets = [one.near.offset[rows] for one, rows in zip(pairs, needed, strict=True)]
+    row_ids = _each(pool, lambda i: hit[i][0].row_ids(offsets[i]), range(len(hit)))
+    merged = merged_hits(
+        pairs, in_shortlist, row_ids, needed, shortlist=asked.shortlist, top_k=asked.top_k
+    )
     by_table = [
         (hit[number][0], np.flatnonzero(merged.table == number))
         for number in np.unique(merged.table)
     ]
-    read = _each(pool, lambda one: one[0].rows(merged.offset[one[1]], asked.columns), by_table)
+    read = _each(pool, lambda one: one[0].shown(merged.offset[one[1]], asked.columns), by_table)
     rows = pa.concat_tables(read, promote_options="permissive")
     place = np.empty(len(merged.query), np.int64)
     place[np.concatenate([positions for _, positions in by_table])] = np.arange(len(place))

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from collections import defaultdict
 from functools import cached_property
 
 import lance
@@ -19,6 +19,7 @@ from qvl_batch import crash
 from qvl_batch.errors import RecipeMismatchError, StorageError
 from qvl_batch.recipe import differences
 from qvl_batch.storage import Storage, is_local, local_path, scheme_of
+from qvl_batch.tables.history import History
 from qvl_batch.tables.layout import table_uri
 
 RECIPE_METADATA = b"qvl.recipe"
@@ -35,6 +36,13 @@ _IMPATIENT = {
 
 # (text in an error of Lance's object store, problem, remedy), first match wins.
 _CAUSES = (
+    # Before "access is denied": a full bucket's answer is a 403, too.
+    (
+        r"No space left|StorageFull|os error 28|Disk quota|os error 122"
+        r"|QuotaExceeded|InsufficientStorage|507 ",
+        "there is no space left",
+        "Free some, or choose another output.root; what is committed stays, run this again.",
+    ),
     (
         r"NoSuchBucket|ContainerNotFound|bucket does not exist",
         "the bucket does not exist",
@@ -60,11 +68,6 @@ _CAUSES = (
         r"error sending request|timed out|timeout|dns error|Connection refused",
         "the endpoint does not answer",
         "Check storage.endpoint_url and the network.",
-    ),
-    (
-        r"No space left|StorageFull|os error 28|Disk quota|os error 122|QuotaExceeded",
-        "there is no space left",
-        "Free some, or choose another output.root; what is committed stays, run this again.",
     ),
     (
         r"Read-only file system|os error 30",
@@ -110,16 +113,6 @@ def normal_root(root: str) -> str:
     return root.rstrip("/")
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """What one version of a table says of its commit."""
-
-    version: int
-    operation: str
-    marker: str | None
-    run_id: str | None
-
-
 class TableStore:
     """The tables under one root, behind one shared Lance session.
 
@@ -131,9 +124,7 @@ class TableStore:
     def __init__(self, root: str, storage: Storage | None = None) -> None:
         self.root = normal_root(root)
         self.storage = storage or Storage()
-        # A committed version never changes, so a transaction is read once: {table: {version: …}};
-        # None: cleaning has removed it.
-        self.stamps: dict[str, dict[int, Stamp | None]] = {}
+        self.histories: defaultdict[str, History] = defaultdict(History)
 
     def __reduce__(self) -> tuple[type[TableStore], tuple[str, Storage]]:
         return type(self), (self.root, self.storage)

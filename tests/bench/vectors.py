@@ -34,10 +34,16 @@ _FILE_ROWS = 250_000
 
 
 class Source:
-    """The unit vectors of one table, and queries of the same hierarchy; the same for a seed."""
+    """The unit vectors of one table, and queries of the same hierarchy; the same for a seed.
 
-    def __init__(self, dim: int, count: int, seed: int = 0) -> None:
-        self.dim, self.count, self._seed = dim, count, seed
+    Args:
+        dim: Dimensions that are drawn.
+        count: Rows of the table.
+        keep: Dimensions that are kept and renormalised, as Matryoshka embeddings are cut.
+    """
+
+    def __init__(self, dim: int, count: int, *, keep: int | None = None, seed: int = 0) -> None:
+        self.dim, self.count, self.keep, self._seed = dim, count, keep or dim, seed
         self._spectrum = (np.arange(dim, dtype=np.float32) + 8) ** -0.35
         rng = np.random.default_rng([seed, 0])
         topics = self._gauss(rng, _TOPICS, _LEVELS[0])
@@ -60,6 +66,7 @@ class Source:
         vectors = self._scenes[np.searchsorted(self._ends, rng.uniform(0, self._ends[-1], count))]
         spread = rng.lognormal(sigma=_ITEM_SPREAD, size=(count, 1)).astype(np.float32)
         vectors += self._gauss(rng, count, _LEVELS[2]) * spread
+        vectors = vectors[:, : self.keep]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def _gauss(self, rng: np.random.Generator, count: int, level: float) -> Vectors:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from qvl_batch.config import load_config
 from qvl_batch.errors import QvlError, RunFailedError
+from qvl_batch.jobs.delete import run_delete
 from qvl_batch.jobs.index import run_index
 from qvl_batch.jobs.maintenance import run_compact
+from qvl_batch.jobs.prune import run_prune
 from qvl_batch.storage import Storage
 from qvl_batch.tables.index import IndexRules
 from qvl_batch.tables.store import TableStore
@@ -35,6 +37,16 @@ def compact(root: str, storage: Storage) -> None:
     done = run_compact(root, storage)
     for error in done.errors.values():
         raise error
+
+
+def prune(config: str) -> None:
+    """Run the prune job."""
+    run_prune(load_config(config), yes=True)
+
+
+def delete(root: str, storage: Storage, uris: list[str]) -> None:
+    """Run the delete command."""
+    run_delete(root, storage, uris)
 
 
 def watch(root: str, storage: Storage, tables: list[str], found: str, pause_s: float) -> None:

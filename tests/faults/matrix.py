@@ -95,8 +95,10 @@ class Setting:
         cls, mode: str, is_new: bool, variant: int, store: str, folder: Path, first: FirstStates
     ) -> Setting:
         states = scenario.units(variant)
-        is_embed = mode not in ("index", "compact")
+        is_embed = mode in ("append", "upsert", "late-upsert", "replace")
         after = states["after" if is_embed else "before"]
+        if mode in ("prune", "delete"):
+            after = sorted(set(states["before"]) & set(states["after"]), key=lambda u: u.uri)
         steps = [] if is_new else ["before"]
         if mode == "late-upsert":
             steps.append("after")
@@ -113,6 +115,11 @@ class Setting:
         log = self.folder / "log.txt"
         if self.mode in ("index", "compact"):
             return forked.start(self.mode, self.root, self.storage, log=log, **environment)
+        if self.mode == "prune":
+            return forked.start("prune", str(self.config), log=log, **environment)
+        if self.mode == "delete":
+            gone = sorted({u.uri for u in self.before} - {u.uri for u in self.after})
+            return forked.start("delete", self.root, self.storage, gone, log=log, **environment)
         return forked.start("embed", str(self.config), pace_s, log=log, **environment)
 
     def outcome(self) -> scenario.Outcome:
@@ -193,7 +200,7 @@ class Passages:
 
 def starts(mode: str) -> tuple[bool, ...]:
     """Return whether a mode begins with new tables, with rows in them, or with either."""
-    return (False,) if mode in ("late-upsert", "index", "compact") else (False, True)
+    return (False, True) if mode in ("append", "upsert", "replace") else (False,)
 
 
 def cases(

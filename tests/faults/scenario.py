@@ -20,7 +20,7 @@ from qvl_batch.units import media_id, unit_id
 
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
 # `late-upsert`: an append has put the new state beside the old one, an upsert takes the old away.
-MODES = ("append", "upsert", "late-upsert", "replace", "index", "compact")
+MODES = ("append", "upsert", "late-upsert", "replace", "prune", "delete", "index", "compact")
 UNITS_A_DAY = 24
 
 
@@ -120,7 +120,7 @@ def expected_units(before: list[Unit], after: list[Unit], mode: str) -> dict[str
     now = {unit.uri for unit in after}
     for unit in before:
         gone = mode.endswith("upsert") and unit.uri in now
-        stays = mode != "replace" and not gone
+        stays = mode not in ("replace", "prune", "delete") and not gone
         if stays and not unit.is_bad:
             found[unit.day].add(unit.unit_id)
     return found

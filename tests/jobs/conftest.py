@@ -17,6 +17,8 @@ from qvl_batch.config import EmbedConfig, parse_config
 from qvl_batch.demo.checkpoint import DEMO_RECIPE, embedding_dir
 from qvl_batch.media.manifest import build_manifest
 from qvl_batch.storage import Storage, is_local
+from qvl_batch.tables.store import TableStore
+from tests.jobs.upkeep_roots import Root
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,14 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
         return Job(manifest=manifest, root=root, storage=Storage() if is_local(root) else storage)
 
     return make
+
+
+@pytest.fixture(params=["local", "s3"])
+def plain_root(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
+    """An empty root on disk and on S3 for `upkeep_roots`."""
+    if request.param == "local":
+        store = TableStore(str(tmp_path / "root"))
+    else:
+        bucket = request.getfixturevalue("bucket")
+        store = TableStore(bucket.uri("root"), bucket.storage)
+    return Root(store, tmp_path)

@@ -41,11 +41,7 @@ class RerankRun:
     def values(self) -> dict[str, Any]:
         return {
             "input": {"queries": self.queries},
-            "search": {
-                "root": self.root,
-                "top_k": 10,
-                "query_instruction": "Represent the user's input.",
-            },
+            "search": {"root": self.root, "top_k": 10},
             "output": {"root": self.out},
             "model": RERANKER,
             "storage": {"endpoint_url": self.storage.endpoint_url, "region": self.storage.region},

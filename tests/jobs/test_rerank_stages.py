@@ -295,3 +295,34 @@ def test_a_block_that_is_not_begun_is_neither_scored_nor_failed(engine, pictures
     written = write([scored], frozenset())
     assert (written.ordinals.tolist(), written.not_started.tolist()) == ([0], [0])
     assert (written.num_rows, written.failures.num_rows) == (0, 0)
+
+
+class DiedBefore:
+    """What the control actor knows when a worker has died on one medium again and again."""
+
+    def __init__(self, deadly):
+        self.deadly = deadly
+
+    def begin(self, stage, ordinal, alone):
+        return 2 if not alone or ordinal == self.deadly else 0
+
+    def end(self, stage, ordinal, alone):
+        return
+
+
+def test_a_medium_that_kills_workers_fails_alone(engine, pictures, store):
+    media = media_of(
+        *(pair("q0", uri, etag=None, rank=i) for i, uri in enumerate(pictures.values()))
+    )
+    decoded = DecodeDocuments(media=RERANK).open()(media)
+    whole = RerankPairs(lambda: engine, lambda: ask)(decoded)
+    careful = RerankPairs(lambda: engine, lambda: ask, DiedBefore(1), 3)(decoded)
+    scores = [pc.list_flatten(one["_scores"]).to_pylist() for one in (whole, careful)]
+    assert scores[1][1]["failure"]["error_type"] == "WorkerKilledError"
+    for place in (0, 2):
+        score = scores[1][place]["rerank_score"]
+        assert score == pytest.approx(scores[0][place]["rerank_score"], abs=1e-6)
+    undecoded = DecodeDocuments(media=RERANK, attempts=DiedBefore(2)).open()(media)
+    failed = [one is not None for one in undecoded["_failure"].to_pylist()]
+    assert failed == [False, False, True]
+    assert pc.sum(pc.struct_field(undecoded["_work"], "media_fetched")).as_py() == 2

@@ -328,3 +328,20 @@ def test_a_column_named_as_lance_numbers_queries(store) -> None:
     queries = np.stack([QUERY, -QUERY])
     found = search({"t": dataset}, queries, 5, nprobes={"t": 2}, columns=["query_index"])
     assert found.equals(search({"t": dataset}, queries, 5, columns=["query_index"]))
+
+
+@pytest.mark.parametrize("encodings", ALL)
+def test_deleted_rows_and_empty_tables(store, encodings) -> None:
+    opened = tables(store, encodings, ("a", "b"))
+    store.create("empty", rows.schema(encodings=encodings))
+    opened["empty"] = store.open("empty")
+    before = search(opened, QUERY, 60)["row_id"].to_pylist()
+    gone = before[::3]
+    for name in ("a", "b"):
+        opened[name].delete(" OR ".join(f"row_id = '{row}'" for row in gone))
+        opened[name] = store.open(name)
+    after = search(opened, QUERY, 60)["row_id"].to_pylist()
+    assert after == [row for row in before if row not in gone]
+    nothing = search({"empty": opened["empty"]}, QUERY, 5, nprobes={"empty": 3})
+    assert nothing.num_rows == 0
+    assert search(opened, np.empty((0, 16), np.float32), 5).num_rows == 0
