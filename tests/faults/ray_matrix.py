@@ -138,6 +138,11 @@ class Embedding:
                 process.kill()
         psutil.wait_procs(family, timeout=30)
 
+    def ended_clearly(self) -> bool:
+        """Return whether it said in a line of its own what ended it."""
+        said = self.output()
+        return "\nerror: " in f"\n{said}" and "Traceback" not in said
+
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -199,7 +204,7 @@ def run_case(case: Case, corpus: Corpus, starts: Starts, folder: Path) -> Result
     code = run.wait()
     killed = killed or not token.exists()
     started_s, reruns, problems = time.monotonic(), 0, []
-    if code and killed and code != -9 and "error: " not in run.output():
+    if code and killed and code != -9 and not run.ended_clearly():
         problems.append(f"ended with {code} and no clear error: {run.output()[-2000:]}")
     while code and reruns < MAX_RERUNS:
         reruns += 1
