@@ -2,6 +2,10 @@
 
 ``QVL_CRASH=NAME:NTH:TOKEN`` kills the process that reaches the place NAME for the NTH time, if it
 can remove the file TOKEN: so it happens once, in one process, however many inherit the setting.
+
+``QVL_CRASH=stop:NAME:NTH:TOKEN`` stops the process instead (SIGSTOP), and
+``QVL_CRASH=count:FILE`` kills nothing and appends a line to FILE for each
+place that is reached.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import os
 import signal
 
 ENVIRONMENT = "QVL_CRASH"
+COUNT = "count:"
+STOP = "stop:"
 
 # In the order of a run. README, "What happens when", has a paragraph for each.
 PLACES = (
@@ -40,11 +46,16 @@ _reached: collections.Counter[str] = collections.Counter()
 
 
 def reached(place: str) -> None:
-    """Die here if a fault test says so."""
+    """Die, or stand still, here if a fault test says so."""
     asked = os.environ.get(ENVIRONMENT)
     if asked is None:
         return
-    name, nth, token = asked.split(":", 2)
+    if asked.startswith(COUNT):
+        with open(asked.removeprefix(COUNT), "a") as file:
+            file.write(f"{place}\n")
+        return
+    number = signal.SIGSTOP if asked.startswith(STOP) else signal.SIGKILL
+    name, nth, token = asked.removeprefix(STOP).split(":", 2)
     if name != place:
         return
     _reached[place] += 1
@@ -54,4 +65,4 @@ def reached(place: str) -> None:
         os.unlink(token)
     except FileNotFoundError:
         return
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), number)

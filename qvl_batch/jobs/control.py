@@ -100,4 +100,6 @@ def cause_of(error: BaseException) -> BaseException:
         if isinstance(seen, KeyboardInterrupt):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
-    return RunFailedError(f"A worker failed: {error}")
+    return RunFailedError(
+        f"A worker or its node failed: {error}. What is done is committed; run this again."
+    )

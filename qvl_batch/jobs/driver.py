@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qvl_batch.config import CommitSection, LimitsSection
 from qvl_batch.errors import InvariantBrokenError, RunFailedError
@@ -116,7 +117,9 @@ class Run:
 
     def __init__(self, work: Work, echo: Callable[[str], None]) -> None:
         self._work = work
-        self._control = RunControl.remote()
+        # Beside the driver: the death of another node must not take it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._control = RunControl.options(scheduling_strategy=here).remote()
         self._signal: signal.Signals | None = None
         self._blocks: queue.Queue[Any] = queue.Queue(maxsize=64)
         self.loop = CommitLoop(
@@ -150,11 +153,11 @@ class Run:
                             f"{missing.size} came back neither done nor failed (the first: "
                             f"{first}). Run the job again: they are still to do."
                         )
-        except RayTaskError as error:
+        except RayError as error:
             raise cause_of(error) from error
         finally:
             # Blocks that are not begun yet come back at once, so that the workers end.
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(RayError):
                 ray.get(self._control.stop.remote(), timeout=10)
         return self._signal
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -56,12 +56,14 @@ class EmbedJob:
     stale: Stale | None
     to_fence: Sequence[str]
     certificate: Certificate | None = None
+    staging_versions: dict[str, int] = field(default_factory=dict)
 
     def commits(self) -> Tables:
         """Return where the rows of this run go, by its mode."""
         if self.staged is not None:
             tables = {partition_json(p): name for name, p in self.plan.partitions.items()}
-            return Replacing(self.target, self.plan.todo["unit_id"].combine_chunks(), tables)
+            ids = self.plan.todo["unit_id"].combine_chunks()
+            return Replacing(self.target, ids, tables, self.staging_versions)
         if self.stale is not None:
             return Upserting(self.target, self.stale.replaced)
         return Appending(self.target)
@@ -72,14 +74,16 @@ class EmbedJob:
             if name in self.to_fence:
                 fence(self.store, name, run_id=self.run_id)
             if self.staged is not None and not self.staged[name].session:
-                staging.begin(
+                begun = staging.begin(
                     self.store,
                     name,
                     session=self.run_id,
                     digest=self.staged[name].digest,
                     base_version=self.target.planned_version(name),
                     run_id=self.run_id,
+                    still_held=self.leases.check,
                 )
+                self.staging_versions[name] = begun.version
 
     def remove_left_over(self) -> None:
         """Take away older states of media whose newer state is there already."""
@@ -180,6 +184,7 @@ def prepare(
         stale=find_stale(units, plan, store) if config.output.mode == "upsert" else None,
         to_fence=to_fence,
         certificate=certificate,
+        staging_versions={name: one.version for name, one in (staged or {}).items()},
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from qvl_batch.errors import StorageError
 from qvl_batch.storage import is_local
 from qvl_batch.tables import staging
-from qvl_batch.tables.conditional import check_exclusive
+from qvl_batch.tables.conditional import ensure_exclusive
 from qvl_batch.tables.lease import TTL_S, Leases, lease_place
 from qvl_batch.tables.rewrite import fence
 from qvl_batch.tables.store import TableStore
@@ -47,7 +47,7 @@ def take_leases(
     """
     place = lease_place(store.root, store.storage)
     if not is_local(store.root):
-        check_exclusive(place)
+        ensure_exclusive(place)
     leases = held.enter_context(Leases(place, run_id, ttl_s=ttl_s))
     absent = []
     for name in leases.acquire(tables, steal=steal):
@@ -56,6 +56,10 @@ def take_leases(
             absent.append(name)
         else:
             fence(store, name, run_id=run_id, since=dataset.version)
+        # What a replace has finished is published as it stands there.
+        dataset = store.open(staging.PREFIX + name)
+        if dataset is not None:
+            fence(store, staging.PREFIX + name, run_id=run_id, since=dataset.version)
     return leases, absent
 
 

@@ -121,11 +121,18 @@ class Replacing(Appending):
         target: See `Target`.
         unit_ids: By ordinal.
         tables: By partition as the failures state it.
+        versions: Of each table's staging table, when this run read or began it.
     """
 
-    def __init__(self, target: Target, unit_ids: pa.Array, tables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        unit_ids: pa.Array,
+        tables: Mapping[str, str],
+        versions: Mapping[str, int],
+    ) -> None:
         super().__init__(target)
-        self._unit_ids, self._tables = unit_ids, tables
+        self._unit_ids, self._tables, self._versions = unit_ids, tables, versions
 
     def append(
         self, table: str, fragments: Fragments, marker: str, ordinals: npt.NDArray[np.int64]
@@ -152,7 +159,14 @@ class Replacing(Appending):
         target = self._target
         target.still_held()
         staging.record(
-            target.store, table, fragments, units, failed, marker=marker, run_id=target.run_id
+            target.store,
+            table,
+            fragments,
+            units,
+            failed,
+            marker=marker,
+            run_id=target.run_id,
+            since=self._versions[table],
         )
 
 
@@ -178,6 +192,8 @@ def publish_replaced(target: Target, tables: Sequence[str]) -> dict[str, list[Ma
                 run_id=target.run_id,
                 planned_version=target.planned_version(table),
             )
-        staging.close(target.store, table, staged.session, run_id=target.run_id)
+        staging.close(
+            target.store, table, staged.session, run_id=target.run_id, since=staged.version
+        )
         files[table] = [file for fragment in staged.fragments for file in fragment["files"]]
     return files

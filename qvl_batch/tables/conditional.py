@@ -13,7 +13,7 @@ import os
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from qvl_batch.errors import StorageError
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # probability (11/40) ** 8, about 3e-5.
 _RACE_ROUNDS = 8
 _RACERS = 16
+# A race is some 250 requests; a store that passed one is believed for that long.
+_BELIEVED_FOR = timedelta(days=7)
+_PASSED = "exclusive"
 _ATTEMPTS = 5
 # What a store says when somebody else's conditional write is under way, or it is overloaded.
 _PASSING = ("ConditionalRequestConflict", "SlowDown", "503", "500", "reset", "closed", "timed out")
@@ -40,7 +43,7 @@ class Place:
     """
 
     def __init__(self, root: str, storage: Storage) -> None:
-        self.root = root
+        self.root, self.endpoint_url = root, storage.endpoint_url or ""
         # Leases are read as they are now, never as a cached listing has them.
         self._fs: fsspec.AbstractFileSystem = storage.filesystem(root, use_listings_cache=False)
         self._is_local = is_local(root)
@@ -147,6 +150,33 @@ class Place:
 
     def _path(self, name: str) -> str:
         return self._fs._strip_protocol(join(self.root, name) if name else self.root)
+
+
+def ensure_exclusive(place: Place) -> None:
+    """Do as `check_exclusive`, unless this very store passed lately.
+
+    Raises:
+        StorageError: As `check_exclusive`, or if the store fails.
+    """
+    try:
+        passed_at = place.mtime(_PASSED)
+        is_known = passed_at is not None and place.read(_PASSED) == _store_of(place)
+        if is_known and place.now() - passed_at < _BELIEVED_FOR:
+            return
+        check_exclusive(place)
+        note_exclusive(place)
+    except OSError as error:
+        raise StorageError(f"{place.root}: {error}", "Check the store.") from error
+
+
+def note_exclusive(place: Place) -> None:
+    """Write down that the store of this root passed `check_exclusive`."""
+    place.write(_PASSED, _store_of(place))
+
+
+def _store_of(place: Place) -> dict[str, str]:
+    # A root that was copied to another store brings the note along.
+    return {"root": place.root, "endpoint_url": place.endpoint_url}
 
 
 def check_exclusive(place: Place) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import lance
 
+from qvl_batch import crash
 from qvl_batch.errors import ConfigError, RunFailedError
 from qvl_batch.tables import catalog
 from qvl_batch.tables.recall import Recall, measure
@@ -227,6 +228,7 @@ def publish(store: TableStore, done: Indexed) -> None:
         StorageError: If the catalog can not be written.
     """
     for _ in range(3):
+        crash.reached("index-publish")
         catalog.refresh(store, [done.table], {}, run_id=None, indexes={done.table: done.state})
         row = catalog.row_of(store, done.table, ["index"])
         if row is not None and row["index"] == done.state:
@@ -240,7 +242,9 @@ def _work(store: TableStore, table: str, action: str, rules: IndexRules) -> Inde
     assert column is not None
     name = index_name(column)
     for attempt in (action, BUILD):
+        crash.reached("index-build")
         _make(dataset, column, name, attempt)
+        crash.reached("index-build")
         dataset = store.open_existing(table)
         covered = coverage(dataset, name)
         lists = dataset.stats.index_stats(name)["segments"][0]["num_partitions"]

@@ -99,7 +99,7 @@ class Leases:
         try:
             if self._thread is None:
                 self._since = self._place.now().isoformat(timespec="seconds")
-                self._beat()
+                self._seen_s = self._beat()
                 self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
                 self._thread.start()
             # All runs take them in the same order, so that two of them never hold a part each.
@@ -187,24 +187,27 @@ class Leases:
             if began_s - self._seen_s < self._ttl_s / _RENEWALS_PER_TTL:
                 continue
             try:
-                self._beat()
+                beat_s = self._beat()
                 latest = _latest_epochs(self._place)
                 for table, epoch in list(self._epochs.items()):
                     if latest.get(table, 0) > epoch:
                         self._lose(table, latest[table])
+                # Not before: a process that slept past its lifetime beats first when it wakes.
+                self._seen_s = beat_s
             except LeaseLostError:
                 return
             except OSError:
                 # Tried again at the next turn; `check` notices if none succeeds in time.
                 continue
 
-    def _beat(self, released: bool = False) -> None:
+    def _beat(self, released: bool = False) -> float:
+        """Write the heartbeat; return from when on others count."""
         began_s = time.monotonic()
         self._place.write(
             _heartbeat_name(self.run_id), {"ttl_s": self._ttl_s, "released": released} | _who()
         )
         # From before the write: others count from when it reached the store.
-        self._seen_s = began_s
+        return began_s
 
     def _lose(self, table: str, latest: int) -> None:
         holder = _Runs(self._place).holder(table, latest) if latest else None

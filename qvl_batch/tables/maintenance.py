@@ -15,6 +15,7 @@ import lance
 from lance.file import LanceFileSession
 from lance.optimize import Compaction, RewriteResult
 
+from qvl_batch import crash
 from qvl_batch.errors import InvariantBrokenError, LeaseHeldError, RunFailedError
 from qvl_batch.tables import catalog
 from qvl_batch.tables.commit import other_writers
@@ -152,6 +153,7 @@ def _rewrite(
         }
         _compare_hashes(files, table, sizes, catalogued)
         unseen = any(path not in catalogued or catalogued[path]["recomputed"] for path in sources)
+        crash.reached("compaction")
         result = task.execute(dataset)
         results.append(result)
         for fragment in result.new_fragments:
@@ -172,8 +174,10 @@ def _rewrite(
             for path in added:
                 files.delete_file(path)
             raise LeaseHeldError(table, others[-1] or "unknown")
+    crash.reached("compaction")
     try:
         commit(dataset, results)
+        crash.reached("compaction")
     except (ValueError, OSError, RuntimeError) as error:
         # Its acknowledgement may have been lost: the table tells.
         if not added <= _paths(store.open_existing(table)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import lance
@@ -48,6 +48,7 @@ class Staged:
         units: unit_ids whose rows are written.
         failed: unit_ids that failed in this replace.
         fragments: All of them, as `fragments.write_fragments` gave them.
+        version: Of the staging table that says so.
     """
 
     session: str
@@ -56,6 +57,7 @@ class Staged:
     units: pa.Array
     failed: pa.Array
     fragments: tuple[WrittenFragment, ...]
+    version: int = 0
 
 
 def nothing(digest: str) -> Staged:
@@ -95,17 +97,45 @@ def read(store: TableStore, table: str) -> Staged | None:
         units=pc.list_flatten(rows["unit_ids"].combine_chunks()),
         failed=pc.list_flatten(rows["failed_ids"].combine_chunks()),
         fragments=tuple(fragments),
+        version=dataset.version,
     )
 
 
 def begin(
-    store: TableStore, table: str, *, session: str, digest: str, base_version: int, run_id: str
+    store: TableStore,
+    table: str,
+    *,
+    session: str,
+    digest: str,
+    base_version: int,
+    run_id: str,
+    still_held: Callable[[], None] = lambda: None,
 ) -> Staged:
-    """Open a replace of a table, in place of an earlier one if there is any."""
-    store.create(PREFIX + table, _SCHEMA.with_metadata({_SESSION: b""}))
+    """Open a replace of a table, in place of an earlier one if there is any.
+
+    Args:
+        still_held: Raises if the run has lost its lease. Asked once it is known which version is
+            gone on from: what another run commits after that is found.
+
+    Raises:
+        LeaseHeldError: If another run began, or went on with, a replace of the table meanwhile.
+    """
+    present = store.create(PREFIX + table, _SCHEMA.with_metadata({_SESSION: b""}))
+    still_held()
     crash.reached("replace-begin")
+    # Also fences a run that has fallen asleep as it was about to open its own.
+    commit_once(
+        store,
+        PREFIX + table,
+        lambda latest: lance.LanceOperation.Restore(latest.version),
+        marker=f"{session}/fence/{table}",
+        run_id=run_id,
+        since=present.version,
+        exclusive=True,
+    )
     state = {_SESSION: session, _DIGEST: digest, _BASE: str(base_version)}
-    _set_state(store, table, state, marker=f"{session}/begin/{table}", run_id=run_id)
+    marker = f"{session}/begin/{table}"
+    _set_state(store, table, state, marker=marker, run_id=run_id, since=present.version)
     staged = read(store, table)
     assert staged is not None
     return staged
@@ -120,8 +150,16 @@ def record(
     *,
     marker: str,
     run_id: str,
+    since: int,
 ) -> None:
-    """Note finished work, exactly once, whatever gets lost on the way."""
+    """Note finished work, exactly once, whatever gets lost on the way.
+
+    Args:
+        since: The version that this run has read or begun; see `Staged`.
+
+    Raises:
+        LeaseHeldError: If another run has changed it after that version.
+    """
     crash.reached("replace-record")
     row = {
         "unit_ids": [list(units)],
@@ -131,15 +169,22 @@ def record(
     dataset = store.open(PREFIX + table)
     assert dataset is not None, f"no replace of {table} is open"
     written = write_to(store, PREFIX + table, pa.table(row, schema=dataset.schema))
-    append(store, PREFIX + table, written, marker=marker, run_id=run_id)
+    append(store, PREFIX + table, written, marker=marker, run_id=run_id, planned_version=since)
 
 
-def close(store: TableStore, table: str, session: str, *, run_id: str) -> None:
-    """End a replace: it was published, or is given up. May be done again."""
+def close(
+    store: TableStore, table: str, session: str, *, run_id: str, since: int | None = None
+) -> None:
+    """End a replace: it was published, or is given up. May be done again.
+
+    Args:
+        since: As `record` has it; None: whatever other runs did.
+    """
     current = read(store, table)
     if current is not None and current.session == session:
         crash.reached("replace-close")
-        _set_state(store, table, {_SESSION: ""}, marker=f"{session}/close/{table}", run_id=run_id)
+        marker = f"{session}/close/{table}"
+        _set_state(store, table, {_SESSION: ""}, marker=marker, run_id=run_id, since=since)
 
 
 def open_replaces(store: TableStore) -> dict[str, Staged]:
@@ -150,7 +195,13 @@ def open_replaces(store: TableStore) -> dict[str, Staged]:
 
 
 def _set_state(
-    store: TableStore, table: str, state: dict[bytes, str], *, marker: str, run_id: str
+    store: TableStore,
+    table: str,
+    state: dict[bytes, str],
+    *,
+    marker: str,
+    run_id: str,
+    since: int | None,
 ) -> None:
     schema = _SCHEMA.with_metadata(state)
 
@@ -158,5 +209,11 @@ def _set_state(
         return lance.LanceOperation.Overwrite(LanceSchema.from_pyarrow(schema), [])
 
     commit_once(
-        store, PREFIX + table, build, marker=marker, run_id=run_id, since=0, exclusive=False
+        store,
+        PREFIX + table,
+        build,
+        marker=marker,
+        run_id=run_id,
+        since=since or 0,
+        exclusive=since is not None,
     )

@@ -94,11 +94,13 @@ def test_delete_takes_uris_from_a_file_and_names_the_unknown(root, command, tmp_
 def test_a_replace_is_given_up_as_the_refusal_says(root, command):
     store = root.store
     root.embed({DAYS[0]: many("a")})
-    staging.begin(store, FIRST, session="s", digest="d", base_version=1, run_id="killed")
+    begun = staging.begin(store, FIRST, session="s", digest="d", base_version=1, run_id="killed")
     staged = store.files(FIRST)
     written = _staged_rows(store)
     path = written[0]["files"][0]["path"]
-    staging.record(store, FIRST, written, ["new"], [], marker="m", run_id="killed")
+    staging.record(
+        store, FIRST, written, ["new"], [], marker="m", run_id="killed", since=begun.version
+    )
     with pytest.raises(StorageError) as refused:
         refuse_open_replaces(store, [FIRST])
     said = str(refused.value).split("`")[1].split()

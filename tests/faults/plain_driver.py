@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -113,8 +114,8 @@ class DirectWrites:
         return {handle: self._written[int(str(handle))] for handle in handles}
 
 
-def run(config: EmbedConfig) -> int:
-    """Run the job once; return how many units were embedded."""
+def run(config: EmbedConfig, pace_s: float = 0.0) -> int:
+    """Run the job once, resting after each block; return how many units were embedded."""
     with contextlib.ExitStack() as held:
         job = prepare(config, held, model=HashModel())
         work = work_of(job, POOLS)
@@ -134,6 +135,7 @@ def run(config: EmbedConfig) -> int:
             loop.add(unit_rows(block), block.nbytes)
             loop.flush()
             loop.poll()
+            time.sleep(pace_s)
         loop.finish()
         known_files = loop.known_files
         if job.staged is not None:

@@ -14,11 +14,13 @@ import yaml
 
 from qvl_batch.jobs.verify import verify
 from qvl_batch.storage import Storage
+from qvl_batch.tables import catalog
 from qvl_batch.tables.store import TableStore
 from qvl_batch.units import media_id, unit_id
 
 DAYS = ("2026-01-01", "2026-01-02", "2026-01-03")
-MODES = ("append", "upsert", "replace")
+# `late-upsert`: an append has put the new state beside the old one, an upsert takes the old away.
+MODES = ("append", "upsert", "late-upsert", "replace", "prune", "delete", "index", "compact")
 UNITS_A_DAY = 24
 
 
@@ -51,6 +53,13 @@ class Outcome:
         return not (self.lost or self.duplicated or self.foreign or self.problems)
 
 
+def units(variant: int) -> dict[str, list[Unit]]:
+    """Return both states of the bucket, ``before`` and ``after``, in one of many variants."""
+    rng = random.Random(variant)
+    before = units_before(rng)
+    return {"before": before, "after": units_after(before, rng)}
+
+
 def units_before(rng: random.Random) -> list[Unit]:
     """Return the first state of the bucket: three days of images, one in ten of them bad."""
     return [
@@ -70,12 +79,12 @@ def units_after(before: list[Unit], rng: random.Random) -> list[Unit]:
     return kept + [Unit(f"/media/{day}/new-{n}", "v1", day) for day in DAYS for n in range(3)]
 
 
-def write_manifest(path: Path, units: list[Unit]) -> None:
-    """Write a manifest that is partitioned by day."""
+def write_manifest(path: Path, units: list[Unit], kinds: list[str] | None = None) -> None:
+    """Write a manifest that is partitioned by day; all are images where no kinds are given."""
     rows = pa.table(
         {
             "uri": [u.uri for u in units],
-            "kind": pa.repeat("image", len(units)),
+            "kind": kinds or ["image"] * len(units),
             "etag": [u.etag for u in units],
             "dt": [u.day for u in units],
         },
@@ -98,6 +107,10 @@ def write_config(path: Path, manifest: Path, root: str, storage: Storage, mode: 
     path.write_text(yaml.safe_dump(values))
 
 
+def table_of(day: str) -> str:
+    return f"media__dt-{day}"
+
+
 def expected_units(before: list[Unit], after: list[Unit], mode: str) -> dict[str, set[str]]:
     """Return the unit_ids that each day's table must hold in the end."""
     found: dict[str, set[str]] = {day: set() for day in DAYS}
@@ -106,7 +119,8 @@ def expected_units(before: list[Unit], after: list[Unit], mode: str) -> dict[str
             found[unit.day].add(unit.unit_id)
     now = {unit.uri for unit in after}
     for unit in before:
-        stays = mode == "append" or (mode == "upsert" and unit.uri not in now)
+        gone = mode.endswith("upsert") and unit.uri in now
+        stays = mode not in ("replace", "prune", "delete") and not gone
         if stays and not unit.is_bad:
             found[unit.day].add(unit.unit_id)
     return found
@@ -119,11 +133,19 @@ def outcome(
     store = TableStore(root, storage)
     lost = duplicated = foreign = 0
     for day, wanted in expected_units(before, after, mode).items():
-        dataset = store.open(f"media__dt-{day}")
+        dataset = store.open(table_of(day))
         rows = dataset.to_table(columns=["unit_id"])["unit_id"].to_pylist() if dataset else []
         counts = Counter(rows)
         lost += len(wanted - counts.keys())
         foreign += len(counts.keys() - wanted)
         duplicated += sum(n - 1 for n in counts.values())
-    report = verify(root, storage, manifest=str(manifest))
-    return Outcome(lost, duplicated, foreign, tuple(map(str, report.problems)))
+    problems = [str(p) for p in verify(root, storage, manifest=str(manifest)).problems]
+    if mode == "index":
+        rows = catalog.read(store).to_pylist()
+        problems += [f"{row['table']} has no index" for row in rows if row["index"] is None]
+    if mode == "compact":
+        datasets = {day: store.open_existing(table_of(day)) for day in DAYS}
+        problems += [
+            f"{d} is not compact" for d, t in datasets.items() if len(t.get_fragments()) > 1
+        ]
+    return Outcome(lost, duplicated, foreign, tuple(problems))

@@ -128,9 +128,9 @@ def test_foreign_files_are_orphans_once_they_are_old(store) -> None:
 
 
 def test_what_an_open_replace_has_written_is_no_orphan_and_survives_gc(store) -> None:
-    staging.begin(store, NAME, session="s", digest="d", base_version=3, run_id="r")
+    begun = staging.begin(store, NAME, session="s", digest="d", base_version=3, run_id="r")
     staged = write(store, NAME, ["new"])
-    staging.record(store, NAME, staged, ["new"], [], marker="m", run_id="r")
+    staging.record(store, NAME, staged, ["new"], [], marker="m", run_id="r", since=begun.version)
     (path,) = [file["path"] for fragment in staged for file in fragment["files"]]
     assert check_files(store, NAME, AT_ONCE).num_orphans == 0
     gc(store, NAME, AT_ONCE)

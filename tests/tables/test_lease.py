@@ -12,7 +12,7 @@ import pytest
 
 from qvl_batch.errors import LeaseHeldError, LeaseLostError
 from qvl_batch.storage import Storage
-from qvl_batch.tables.conditional import Place, check_exclusive
+from qvl_batch.tables.conditional import Place, check_exclusive, ensure_exclusive
 from qvl_batch.tables.lease import Leases, holders, live_runs
 
 TABLES = ["media__dt-1", "media__dt-2"]
@@ -133,3 +133,16 @@ def test_without_renewal_in_time_a_run_stops_by_itself(tmp_path) -> None:
 
 def test_the_stores_of_the_tests_are_exclusive(place) -> None:
     check_exclusive(place)
+    assert place.names("race") == []
+
+
+def test_a_store_that_passed_is_believed_at_its_own_address_only(place) -> None:
+    ensure_exclusive(place)
+    assert place.names("exclusive") == ["exclusive"]
+    passed_at = place.mtime("exclusive")
+    time.sleep(1.1)
+    ensure_exclusive(place)
+    assert place.mtime("exclusive") == passed_at
+    place.write("exclusive", place.read("exclusive") | {"root": "s3://another/root"})
+    ensure_exclusive(place)
+    assert place.read("exclusive")["root"] == place.root
