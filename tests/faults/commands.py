@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -50,11 +51,16 @@ def delete(root: str, storage: Storage, uris: list[str]) -> None:
 
 
 def watch(root: str, storage: Storage, tables: list[str], found: str, pause_s: float) -> None:
-    """Poll tables for ever; append a line ``table unit_id,unit_id,…`` whenever one changes."""
+    """Poll tables; append a line ``table unit_id,unit_id,…`` whenever one changes.
+
+    Ends with the process that started it.
+    """
+    starter = multiprocessing.parent_process()
+    assert starter is not None
     store = TableStore(root, storage)
     last: dict[str, str] = {}
     with Path(found).open("a") as file:
-        while True:
+        while starter.is_alive():
             for table in tables:
                 try:
                     dataset = store.open(table)

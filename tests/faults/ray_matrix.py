@@ -139,8 +139,13 @@ class Embedding:
         psutil.wait_procs(family, timeout=30)
 
     def ended_clearly(self) -> bool:
-        """Return whether it said in a line of its own what ended it."""
+        """Return whether it said in a line of its own what ended it.
+
+        Where its own node's raylet dies, Ray ends the driver's process with a word of its own.
+        """
         said = self.output()
+        if "Raylet is terminated" in said:
+            return True
         return "\nerror: " in f"\n{said}" and "Traceback" not in said
 
     def output(self) -> str:
