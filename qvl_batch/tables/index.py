@@ -93,7 +93,11 @@ class Coverage:
 
 
 # What is to be done with a table's index.
-NOTHING, TOO_SMALL, NO_INDEX = "nothing to do", "too small", "no index for its encodings"
+NOTHING, TOO_SMALL, NO_INDEX = (
+    "nothing to do",
+    "too small for an index",
+    "no index for its encodings",
+)
 BUILD, EXTEND, MEASURE = "built", "extended", "measured"
 
 
