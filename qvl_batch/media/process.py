@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -38,6 +39,17 @@ class GarbledAnswerError(Exception):
     """The child's answer makes no sense."""
 
 
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Kill a child and close its pipes, in the process that started it."""
+    if os.getpid() != owner:
+        return
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+
+
 class ChildProcess:
     """A running child and its two pipes, watched while anyone waits for it."""
 
@@ -61,6 +73,8 @@ class ChildProcess:
                 )
                 .result()
             )
+            # Also when nobody closes it: with the last reference, or with the interpreter.
+            self._end = weakref.finalize(self, _end, self._process, os.getpid())
             self._requests, self._answers = self._process.stdin, self._process.stdout
             os.set_blocking(self._requests.fileno(), False)
             os.set_blocking(self._answers.fileno(), False)
@@ -81,11 +95,7 @@ class ChildProcess:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._requests, self._answers):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        self._end()
 
     def send(self, header: Mapping[str, Any], payload: bytes = b"") -> None:
         for data in (pack(header, len(payload)), payload):
